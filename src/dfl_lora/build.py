@@ -1,0 +1,235 @@
+"""From a recipe to the things it names. Checks that need no model come first, so that mistakes cost nothing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dfl_lora import codecs, combine, corrections, graphs, mixers, mixing, schedules
+from dfl_lora.data import partition, sources, tasks
+from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
+from dfl_lora.errors import UserError
+from dfl_lora.learners import Learner
+from dfl_lora.learners.optimizers import OPTIMIZERS
+from dfl_lora.learners.sequential import SequentialLearner
+from dfl_lora.learners.stacked import StackedLearner
+from dfl_lora.learners.work import LocalWork, PeerData
+from dfl_lora.models import base as bases
+from dfl_lora.models.adapters import Export
+from dfl_lora.models.placement import Lora, place, split
+from dfl_lora.models.toy import ToyModel
+from dfl_lora.peers import Peers
+from dfl_lora.recipe import Compute, Recipe, is_path
+from dfl_lora.rounds import Method
+from dfl_lora.streams import numpy_stream, torch_stream
+
+CONSENSUS = -1
+TOY, TOY_DATA, TOY_INPUTS, TOY_LABELS, TOY_ROWS = "toy", "builtin/toy", 8, 3, 1400
+LEARNERS = ("stacked", "sequential")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of every hosted peer and what is known of all."""
+
+    peers: PeerData
+    labels: tuple[str, ...]
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A recipe made real: everything the loop needs, and what the reports tell."""
+
+    recipe: Recipe
+    digest: str
+    method: Method
+    graph: graphs.Graph
+    peers: Peers
+    learner: Learner
+    data: Data
+    export: Export | None
+
+
+def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
+    """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
+    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute)})
+    torch.set_num_threads(int(recipe.compute.threads))
+    graph, method = build_method(recipe)
+    hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
+    lora = Lora(**recipe.lora.model_dump(exclude={"init"}))
+    if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
+        recipe.task.kind == "toy"
+    ):
+        raise UserError(f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them.")
+    if recipe.task.kind == "toy":
+        data, files = toy_data(recipe, hosted), None
+        base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
+    else:
+        files = bases.locate(recipe.model.name_or_path, recipe.model.revision)
+        data = text_data(recipe, files, hosted)
+        base = load_base(recipe, files, len(data.labels))
+    digest = recipe.digest_with({"weights": files.weights, "tokenizer": files.tokenizer} if files else {"weights": TOY})
+    if recipe.digest not in (None, digest):
+        raise UserError(f"The recipe says digest {recipe.digest}, but it is {digest}; remove the line to accept it.")
+    placement = place(base.model, base.prefix, lora)
+    start = placement.start(base.model, recipe.train.seed, torch.float32)
+    own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
+    memory = method.correction.memory
+    peers = Peers(hosted, own, common, optimizer=OPTIMIZERS[recipe.train.optimizer].state, memory=memory)
+    export = Export.of(base.model, base.prefix, placement, files, data.labels) if files else None
+    work = local_work(recipe)
+    trainer: Learner
+    if learner == "stacked":
+        tokens = int(recipe.compute.group_tokens)
+        trainer = StackedLearner(base.model, data.peers, work, lora.scaling, tokens)
+    else:
+        trainer = SequentialLearner(base.model, placement, data.peers, work)
+    return Federation(
+        recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export
+    )
+
+
+def resolve_compute(compute: Compute) -> Compute:
+    """Returns how this machine computes, by a fixed rule of processor and precision, never by a timing."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
+    attention = ("eager" if dtype == "bfloat16" else "sdpa") if compute.attention == "auto" else compute.attention
+    return Compute(
+        dtype=dtype,  # type: ignore[arg-type]
+        attention=attention,  # type: ignore[arg-type]
+        group_tokens=4096 if compute.group_tokens == "auto" else compute.group_tokens,
+        device="cpu",
+        threads=torch.get_num_threads() if compute.threads == "auto" else compute.threads,
+    )
+
+
+def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:
+    """Returns the graph and the point in the product of the axes."""
+    num_peers, topology, axes = recipe.peers.num_peers, recipe.peers.topology, recipe.method
+    weights = mixing.MIXINGS[recipe.peers.mixing]
+    if topology.rows is not None:
+        graph, weights = mixing.from_matrix(topology.rows)
+        if graph.num_peers != num_peers:
+            raise UserError(f"The matrix is of {graph.num_peers} peers, but peers.num_peers is {num_peers}.")
+    elif topology.edges is not None:
+        graph = graphs.Graph.of(num_peers, topology.edges)
+    else:
+        graph = graphs.named(topology.kind, num_peers)
+    return graph, Method(
+        schedules.SCHEDULES[axes.schedule](axes.head),
+        lambda t: graph,
+        weights,
+        corrections.CORRECTIONS[axes.correction],
+        mixers.MIXERS[axes.mixer],
+        combine.COMBINES[axes.combine],
+        codecs.CODECS[axes.codec],
+    )
+
+
+def local_work(recipe: Recipe) -> LocalWork:
+    train = recipe.train
+    return LocalWork(
+        rounds=train.rounds,
+        batch_size=train.batch_size,
+        steps=train.local.steps,
+        epochs=train.local.epochs,
+        optimizer=train.optimizer,
+        learning_rate=train.learning_rate,
+        scheduler=train.lr_scheduler_type,
+        max_grad_norm=train.max_grad_norm,
+        shuffle=train.shuffle,
+        lora_dropout=recipe.lora.lora_dropout,
+        base_dropout=train.dropout,
+        seed=train.seed,
+    )
+
+
+def load_base(recipe: Recipe, files: bases.Files, num_labels: int) -> bases.Base:
+    """Loads the encoder in the precision and with the attention that the recipe resolved to."""
+    attention = bases.STREAM_ATTENTION if recipe.train.dropout else recipe.compute.attention
+    dtype = torch.bfloat16 if recipe.compute.dtype == "bfloat16" else torch.float32
+    return bases.load_encoder(files, num_labels, attention, dtype, recipe.train.seed)
+
+
+def text_columns(recipe: Recipe) -> tasks.Columns:
+    """Returns the columns of a known task, or those the recipe names."""
+    task = recipe.task
+    if task.name is not None:
+        if task.text is not None:
+            raise UserError(f"task.text has no effect with task.name {task.name}, which sets it; remove one of them.")
+        return tasks.Columns(tasks.TASKS[task.name].text, task.label, tasks.TASKS[task.name].names)
+    text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
+    if len(text) > 2:
+        raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
+    return tasks.Columns(tuple(text), task.label)
+
+
+def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
+    """Loads, tokenises and shares out the rows of a text task."""
+    data, columns = recipe.data, text_columns(recipe)
+    shared, everyone = data.per_peer is None, range(recipe.peers.num_peers)
+    owners = [0] * len(everyone) if shared else list(hosted)
+    paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
+    tables = {i: sources.load_rows(path, data.config, data.train) for i, path in paths.items()}
+    names = max((tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items()), key=len)
+    labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
+    parts = share_out(recipe, labels[0]) if shared else [np.arange(len(labels[i])) for i in owners]
+    limit = min(recipe.task.max_length, bases.max_tokens(files))
+    tokens = tasks.Tokenization(bases.load_tokenizer(files), files.tokenizer, limit, recipe.task.truncation_side)
+    read = {i: tokens.source(rows, columns, names, paths[i]) for i, rows in tables.items()}
+    shards = {i: Shard(read[owner], rows) for i, owner, rows in zip(everyone if shared else owners, owners, parts, strict=True)}
+    train = {i: shards[i] for i in hosted}
+    counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
+    return Data(PeerData(train, validation_shards(recipe, tokens, columns, names, [*train, CONSENSUS])), names, counts)
+
+
+def share_out(recipe: Recipe, labels: NDArray[np.int64]) -> list[Rows]:
+    """Returns the row numbers of each peer."""
+    how = recipe.data.partition
+    seed = recipe.train.seed if how.seed is None else how.seed
+    if how.kind == "iid":
+        return partition.iid(labels, recipe.peers.num_peers, seed, how.min_size)
+    return partition.dirichlet(labels, recipe.peers.num_peers, seed, how.min_size, how.alpha)
+
+
+def validation_shards(
+    recipe: Recipe, tokens: tasks.Tokenization, columns: tasks.Columns, names: tuple[str, ...], ids: Iterable[int]
+) -> dict[int, Shard]:
+    """Returns each peer's validation rows: one table for all, or a table of its own; the consensus reads peer 0's."""
+    data, loaded = recipe.data, dict[str, Source]()
+    shards = {}
+    for i in ids:
+        if is_path(data.validation):
+            path, split_name, config = sources.peer_path(data.validation, max(i, 0)), "validation", None
+        else:
+            path, split_name, config = str(data.path), data.validation, data.config
+        if path not in loaded:
+            loaded[path] = tokens.source(sources.load_rows(path, config, split_name), columns, names, path)
+        shards[i] = evaluation_shard(recipe, loaded[path])
+    return shards
+
+
+def evaluation_shard(recipe: Recipe, source: Source) -> Shard:
+    """Returns the rows to evaluate on: all, or `evaluate.rows` of them drawn once."""
+    rows = np.arange(len(source.lengths))
+    if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
+        rows = np.sort(numpy_stream(recipe.train.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
+    return Shard(source, rows)
+
+
+def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
+    """Vectors labelled by a random linear teacher."""
+    generator = torch_stream(recipe.train.seed, "toy data")
+    inputs = torch.randn(TOY_ROWS, TOY_INPUTS, generator=generator)
+    teacher = torch.randn(TOY_INPUTS, TOY_LABELS, generator=generator)
+    source = VectorSource(inputs, (inputs @ teacher).argmax(1))
+    held_out, rows = np.arange(400), np.arange(400, TOY_ROWS)
+    labels = source.labels.numpy()
+    parts = [rows[part] for part in share_out(recipe, labels[rows])]
+    shards = {i: Shard(source, held_out) for i in (*hosted, CONSENSUS)}
+    train = {i: Shard(source, parts[i]) for i in hosted}
+    names = tuple(str(i) for i in range(TOY_LABELS))
+    return Data(PeerData(train, shards), names, partition.counts([labels[p] for p in parts], TOY_LABELS))

@@ -1,0 +1,82 @@
+"""Resume points: everything a run needs to go on to the bit, as safetensors and JSON.
+
+The state is written under a name of its own; `latest.json` names it with its sha256 and is replaced
+atomically, so that a process killed at any moment leaves the last whole checkpoint in force.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from dfl_lora.errors import UserError
+from dfl_lora.files import write_atomically
+from dfl_lora.peers import Peers
+
+LATEST = "latest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The round that is over, and what the caller wanted kept with it."""
+
+    round: int
+    kept: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: Mapping[str, Any]) -> None:
+    """Writes the state of all hosted peers after a round; older states are removed once it is in force."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save({name: matrix.contiguous().cpu() for name, matrix in peers.arrays().items()})
+    name = f"state-{round:06d}.safetensors"
+    write_atomically(folder / name, content)
+    latest = {
+        "file": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "round": round,
+        "recipe_digest": digest,
+        "layout_digest": peers.layout.digest,
+        "peers": list(peers.ids),
+        "kept": dict(kept),
+    }
+    write_atomically(folder / LATEST, json.dumps(latest, indent=1).encode())
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | None:
+    """Loads the last state into the peers; None where there is none. Raises where it is damaged or of another run."""
+    if not (folder / LATEST).exists():
+        return None
+    try:
+        latest = json.loads((folder / LATEST).read_text())
+        content = (folder / Path(latest["file"]).name).read_bytes()
+        intact = hashlib.sha256(content).hexdigest() == latest["sha256"]
+        arrays = load(content) if intact else {}
+        kept, round, recipe = dict(latest["kept"]), int(latest["round"]), latest["recipe_digest"]
+        same_peers = latest["peers"] == list(peers.ids) and latest["layout_digest"] == peers.layout.digest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise damaged(folder, f"{type(error).__name__}: {error}") from None
+    if not intact:
+        raise damaged(folder, "its sha256 is not the recorded one")
+    if recipe != digest or not same_peers:
+        raise UserError(
+            f"The checkpoint in {folder} belongs to another recipe (digest {str(recipe)[:12]}, not {digest[:12]}); "
+            "resume with the recipe it was started with, or start anew with --overwrite."
+        )
+    own = peers.arrays()
+    if {k: (v.shape, v.dtype) for k, v in arrays.items()} != {k: (v.shape, v.dtype) for k, v in own.items()}:
+        raise damaged(folder, "its tensors are not this run's")
+    for name, matrix in own.items():
+        matrix.copy_(arrays[name])
+    return Checkpoint(round, kept)
+
+
+def damaged(folder: Path, why: str) -> UserError:
+    return UserError(f"The checkpoint in {folder} is damaged ({why}); start anew with --overwrite.")

@@ -1,0 +1,108 @@
+"""Classification tasks: which columns are text, what the labels are called, and rows made into tokens."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dfl_lora.data.batches import TokenSource
+from dfl_lora.data.sources import column
+from dfl_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The text columns of a task (one sentence or a pair), its label column and the label names, where fixed."""
+
+    text: tuple[str, ...]
+    label: str = "label"
+    names: tuple[str, ...] | None = None
+
+
+TASKS: dict[str, Columns] = {
+    "sst2": Columns(("sentence",), names=("negative", "positive")),
+    "mnli": Columns(("premise", "hypothesis"), names=("entailment", "neutral", "contradiction")),
+    "qnli": Columns(("question", "sentence"), names=("entailment", "not_entailment")),
+}
+
+
+def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
+    """Returns the names of the labels: the task's, the column's ClassLabel names, or the values found."""
+    values = column(rows, columns.label, path)
+    feature = rows.features[columns.label]
+    if columns.names is not None:
+        return columns.names
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    if all(isinstance(v, str) for v in values):
+        return tuple(sorted({str(v) for v in values}))
+    return tuple(str(i) for i in range(1 + max(int(v) for v in values if isinstance(v, int))))
+
+
+def label_ids(rows: Dataset, columns: Columns, names: Sequence[str], path: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Returns the labels as numbers; raises with the first row whose label is not one of `names`."""
+    values = column(rows, columns.label, path)
+    numbers = {name: i for i, name in enumerate(names)}
+    ids = [numbers.get(v, -1) if isinstance(v, str) else v for v in values]
+    for row, i in enumerate(ids):
+        if not isinstance(i, int) or not 0 <= i < len(names):
+            raise UserError(
+                f"Row {row} of '{path}' has the label {values[row]!r} in column '{columns.label}'; "
+                f"allowed are 0 to {len(names) - 1} or {', '.join(names)}."
+            )
+    return np.asarray(ids, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How text becomes tokens; its parts and the text name the cache entry."""
+
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    max_length: int
+    truncation_side: str
+
+    def source(self, rows: Dataset, columns: Columns, names: Sequence[str], path: str) -> TokenSource:
+        """Tokenises rows once and returns them memory-mapped from a private cache, named by their content."""
+        texts = [[str(v) for v in column(rows, name, path)] for name in columns.text]
+        labels = label_ids(rows, columns, names, path)
+        key = hashlib.sha256(json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()).hexdigest()
+        folder = cache_folder() / key
+        if not folder.is_dir():
+            self.write(folder, texts)
+        arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in sorted(folder.glob("*.npy"))}
+        offsets = np.asarray(arrays.pop("offsets"))
+        pads = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
+        return TokenSource(arrays, offsets, labels, pads, self.max_length)
+
+    def write(self, folder: Path, texts: Sequence[Sequence[str]]) -> None:
+        """Writes the ragged token columns to a cache folder, which appears whole or not at all."""
+        self.tokenizer.truncation_side = self.truncation_side
+        tokens: Mapping[str, list[list[int]]] = self.tokenizer(
+            *texts, truncation=True, max_length=self.max_length, return_attention_mask=False
+        )
+        partial = Path(tempfile.mkdtemp(dir=folder.parent))
+        for name, values in tokens.items():
+            np.save(partial / f"{name}.npy", np.asarray([t for row in values for t in row], dtype=np.int32))
+        np.save(partial / "offsets.npy", np.cumsum([0, *map(len, tokens["input_ids"])], dtype=np.int64))
+        try:
+            partial.rename(folder)
+        except OSError:  # another process wrote the same entry first
+            shutil.rmtree(partial)
+
+
+def cache_folder() -> Path:
+    """Returns the private folder of token caches (mode 0700): DFL_LORA_CACHE, or dfl-lora under the user's cache."""
+    root = os.environ.get("DFL_LORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dfl-lora"
+    folder = Path(root) / "tokens"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder

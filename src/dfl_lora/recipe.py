@@ -1,0 +1,417 @@
+"""The recipe: what all peers of a run agree on. Strict: an unknown key is an error with the nearest match.
+
+In a serverless run the recipe is the contract: its digest is compared before anyone talks. What belongs to
+one machine (`compute`, `output`, `data.path`, `data.per_peer`, a path in `data.validation`) is left out of
+the digest, and the base model counts by the digests of its weights and tokenizer, not by its name.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dfl_lora.errors import UserError, nearest
+from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
+from dfl_lora.mixing import MIXINGS
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def expand(value: object) -> object:
+    """Replaces ${NAME} and ${NAME:-default} in a path by the environment's value."""
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ValueError(f"${{{name}}} is not set in the environment; set it, or write ${{{name}:-default}}")
+        return found
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", replace, value)
+
+
+PathText = Annotated[str, BeforeValidator(expand)]
+
+
+def named(value: object) -> object:
+    """Reads a name with options, `dirichlet(alpha=0.1)`, as the mapping {kind: dirichlet, alpha: 0.1}."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", value, re.DOTALL)
+    if match is None:
+        raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
+    options = {}
+    for pair in filter(None, (p.strip() for p in (match.group(2) or "").split(","))):
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"'{pair}' in '{value}' is not an option; write {match.group(1)}(option=value)")
+        options[key.strip()] = yaml.safe_load(text)
+    return {"kind": match.group(1), **options}
+
+
+class Part(BaseModel):
+    """A part of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Part):
+    """The frozen base."""
+
+    name_or_path: PathText
+    """A folder, a hub name, all-MiniLM-L6-v2 (embedded), or toy."""
+    revision: str | None = None
+    """The hub revision; null is the newest."""
+    quantization: None = None
+    """The base is kept in full."""
+
+
+class LoraPart(Part):
+    """Rank, scale and place of the adapters, as peft.LoraConfig means them."""
+
+    r: Positive = 8
+    """The rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """The product B A is scaled by alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of A; masks come from a stream per peer."""
+    target_modules: str | list[str]
+    """Module names (suffixes), one regular expression, or all-linear."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    init: Literal["kaiming"] = "kaiming"
+    """How A starts; B starts at zero."""
+
+
+class Task(Part):
+    """What is learnt."""
+
+    kind: Literal["classification", "toy"] = "classification"
+    """classification of text, or the toy."""
+    name: Literal["sst2", "mnli", "qnli"] | None = None
+    """A known task sets text, label and label names."""
+    text: str | list[str] | None = None
+    """The text column, or two for pairs."""
+    label: str = "label"
+    """The label column: numbers from 0, ClassLabel or strings."""
+    format: None = None
+    """Conversation format of causal tasks."""
+    max_length: Positive = 512
+    """Tokens kept of a row, at most what the base can read."""
+    truncation_side: Literal["right", "left"] = "right"
+    """The side on which longer rows are cut."""
+
+
+class Partition(Part):
+    """Which rows belong to which peer."""
+
+    kind: Literal["iid", "dirichlet"] = "iid"
+    """iid: equal shuffled parts; dirichlet: label skew."""
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Dirichlet's concentration: smaller is more skewed."""
+    min_size: Positive = 1
+    """The fewest rows of any peer."""
+    seed: int | None = None
+    """null: train.seed."""
+
+
+class Data(Part):
+    """Where the rows are."""
+
+    path: PathText | None = None
+    """A folder, a file, a save_to_disk folder, a hub name, builtin/sentences or builtin/toy."""
+    config: str | None = None
+    """The configuration of a data set with several, such as sst2 of glue."""
+    train: str = "train"
+    """The split that is partitioned."""
+    validation: PathText = "validation"
+    """The split peers are evaluated on, or a path; {i} or {} in it stands for the peer, from 1."""
+    per_peer: PathText | None = None
+    """A path with {i} or {} for the peer's own training rows, from 1; then nothing is partitioned."""
+    partition: Annotated[Partition, BeforeValidator(named)] = Partition()
+    """How the rows are shared out."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.path is None and self.per_peer is None:
+            raise ValueError("give path (one data set to partition) or per_peer (a folder for each peer)")
+        if self.per_peer is not None and "{i}" not in self.per_peer and "{}" not in self.per_peer:
+            raise ValueError(f"per_peer '{self.per_peer}' needs {{i}} or {{}} where the peer's number stands")
+        if self.path is None and not is_path(self.validation):
+            raise ValueError("without path, validation must be a path (it may hold {i} or {})")
+        return self
+
+
+class Topology(Part):
+    """A graph by name, by its edges, or by its W; files are read once and kept in the resolved recipe."""
+
+    kind: str = "link3"
+    """A named graph, edges or matrix."""
+    path: PathText | None = None
+    """A file of edges (two peers a row) or of W (one row a line)."""
+    edges: list[list[int]] | None = None
+    """The edges themselves."""
+    rows: list[list[float]] | None = None
+    """The rows of W themselves: symmetric and doubly stochastic."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        kinds = [*GRAPHS, "edges", "matrix"]
+        if self.kind not in kinds:
+            raise ValueError(f"unknown topology '{self.kind}'; allowed are {', '.join(kinds)}.{nearest(self.kind, kinds)}")
+        if self.path is not None and self.kind == "edges":
+            self.edges, self.path = read_edges(Path(self.path)), None
+        if self.path is not None and self.kind == "matrix":
+            self.rows, self.path = read_numbers(Path(self.path)), None
+        wanted = {"edges": "edges", "matrix": "rows"}.get(self.kind)
+        given = [name for name in ("path", "edges", "rows") if getattr(self, name) is not None]
+        if given != ([wanted] if wanted else []):
+            needs = f"needs path or {wanted}" if wanted else "takes no options"
+            raise ValueError(f"the topology {self.kind} {needs}, and {', '.join(given) or 'nothing'} was given")
+        return self
+
+
+class PeersPart(Part):
+    """How many, and who talks to whom with which weight."""
+
+    num_peers: Positive = 7
+    """1 trains alone: the centralised reference."""
+    topology: Annotated[Topology, BeforeValidator(named)] = Topology()
+    """The graph."""
+    mixing: Literal[*MIXINGS] = "metropolis"  # type: ignore[valid-type]
+    """The matrix W on the graph; topology matrix brings its own."""
+    participation: Annotated[float, Field(ge=1, le=1)] = 1.0
+    """The share of peers in a round: all."""
+
+
+class MethodPart(Part):
+    """A point in the product of the axes."""
+
+    schedule: Literal["lora", "freeze_a"] = "lora"
+    """freeze_a is DFL-LoRA: A is drawn once and frozen, so products mix exactly."""
+    head: Literal["shared", "private", "frozen"] = "shared"
+    """Whether the head is trained and mixed, trained and kept, or left at its start."""
+    correction: Literal["none"] = "none"
+    """Against drift towards the own data."""
+    mixer: Literal["plain"] = "plain"
+    """How W is applied in a round."""
+    combine: Literal["mean"] = "mean"
+    """How a neighbourhood becomes one value."""
+    codec: Literal["fp32"] = "fp32"
+    """What travels."""
+    privacy: Literal["none"] = "none"
+    """Noise on what is exchanged."""
+
+
+class Local(Part):
+    """The local work of a round: exactly one of steps and epochs."""
+
+    steps: Positive | None = None
+    """Optimiser steps."""
+    epochs: Positive | None = None
+    """Passes over the peer's own rows."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Train(Part):
+    """The rounds and the local optimiser."""
+
+    rounds: Positive = 20
+    """Exchanges with the neighbours."""
+    local: Local = Local(steps=10)
+    """The local work of a round."""
+    order: Literal["standard", "seed"] = "standard"
+    """seed: evaluate and gossip once before round 1, as the seed script did."""
+    shuffle: bool = True
+    """Draw a new order of rows each epoch."""
+    batch_size: Positive = 16
+    """Rows of a local step."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Its state stays with the peer across rounds."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    """At the start."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decays end at 2 % of learning_rate."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clips each peer's gradient."""
+    dropout: bool = False
+    """Turns the base model's own dropout on."""
+    seed: int = 0
+    """Names every draw of the run."""
+
+
+class Evaluate(Part):
+    """When and on what peers are evaluated."""
+
+    every: Positive = 1
+    """Rounds between evaluations; the last round always is."""
+    rows: Positive | None = None
+    """Validation rows, drawn once by the seed; null: all."""
+    before_mixing: bool = False
+    """Also evaluate between the local steps and the exchange."""
+    metric: Literal["accuracy"] = "accuracy"
+    """The share of rows answered right."""
+
+
+class Compute(Part):
+    """How this machine computes; not part of the digest. auto is resolved by a fixed rule and written down."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base; adapters and optimiser are float32. auto: bfloat16 where the processor multiplies it."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """auto: eager for bfloat16 on a CPU (2.6x faster at short lengths), else sdpa."""
+    group_tokens: Literal["auto"] | Positive = "auto"
+    """Padded tokens of a training pass over several peers. auto: 4096."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: cpu."""
+    threads: Literal["auto"] | Positive = "auto"
+    """auto: as many as torch takes."""
+
+
+class Output(Part):
+    """What a run leaves behind; not part of the digest."""
+
+    dir: PathText | None = None
+    """The run directory; null: runs/NAME."""
+    checkpoint_every: Positive = 1
+    """Rounds between resume points."""
+    adapters: Literal["all", "consensus"] | None = None
+    """null: all up to 64 peers, above that the consensus alone."""
+    report_to: Annotated[list[str], Field(max_length=0)] = []
+    """Trackers by name."""
+
+
+class Recipe(Part):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] = "run"
+    """Names the run directory: letters, digits, '.', '_' and '-'."""
+    model: Model
+    lora: LoraPart
+    task: Task = Task()
+    data: Data
+    peers: PeersPart = PeersPart()
+    method: MethodPart = MethodPart()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
+    output: Output = Output()
+    digest: str | None = None
+    """Written by a run. Where it is given, it must be the recipe's own."""
+
+    def digest_with(self, base: Mapping[str, str]) -> str:
+        """Returns the sha256 of the canonical JSON, with the base model given by its digests."""
+        content = self.model_dump(mode="json", exclude={"compute", "output", "digest"})
+        content["model"]["name_or_path"] = dict(base)
+        for key in ("path", "per_peer", *(["validation"] if is_path(self.data.validation) else [])):
+            del content["data"][key]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+
+
+def is_path(validation: str) -> bool:
+    """Tells a path or template from the name of a split."""
+    return any(mark in validation for mark in ("/", "\\", "{", ".")) or Path(validation).exists()
+
+
+ALTERNATIVES = (
+    {"train.local.steps", "train.local.epochs"},
+    {"data.path", "data.per_peer"},
+)
+"""Keys of which one drops the other when it is set."""
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `a.b=value` settings; raises one sentence where anything is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe at {path}; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not a mapping of recipe keys such as model and data.")
+    return resolve(cast(dict[str, Any], content), settings, str(path))
+
+
+def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:
+    """Returns the checked recipe of a mapping with settings applied."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write key=value, such as --set train.rounds=5.")
+        try:
+            set_key(content, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: '{text}' is not a YAML value.") from None
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{source}: {sentence(error)}") from None
+
+
+def set_key(content: dict[str, Any], key: str, value: object) -> None:
+    """Sets a dotted key in place; a setting drops its alternative and the recorded digest."""
+    content.pop("digest", None)
+    for group in ALTERNATIVES:
+        if key in group:
+            for other in group - {key}:
+                drop(content, other.split("."))
+    *parents, last = key.split(".")
+    inner = content
+    for parent in parents:
+        child = inner.get(parent)
+        child = named(child) if isinstance(child, str) else child
+        inner[parent] = child if isinstance(child, dict) else {}
+        inner = inner[parent]
+    inner[last] = value
+
+
+def drop(content: dict[str, Any], path: Sequence[str]) -> None:
+    for parent in path[:-1]:
+        content = content.get(parent) or {}
+    content.pop(path[-1], None)
+
+
+def sentence(error: ValidationError) -> str:
+    """Returns the first mistake as one sentence, with the nearest key or the allowed values."""
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"] if p != "literal['auto']")
+    more = f" ({error.error_count() - 1} more mistakes follow.)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = fields_at(first["loc"][:-1])
+        return f"unknown key '{place}'; allowed here are {', '.join(fields)}.{nearest(str(first['loc'][-1]), fields)}{more}"
+    if first["type"] == "missing":
+        return f"the key '{place}' is required and missing; add it.{more}"
+    if first["type"] == "literal_error":
+        given = str(first["input"])
+        allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
+        return f"{place} is '{given}'; allowed are {', '.join(allowed)}.{nearest(given, allowed)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" else f" (given: {first['input']!r})"
+    return f"{place}: {message}{given}.{more}".replace("..", ".").replace("?.", "?")
+
+
+def fields_at(loc: Sequence[str | int]) -> list[str]:
+    """Returns the keys allowed at a place of the recipe."""
+    part: type[BaseModel] = Recipe
+    for key in loc:
+        field = part.model_fields.get(str(key))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            part = field.annotation
+    return list(part.model_fields)

@@ -1,0 +1,279 @@
+"""The page: reads the files of a run and writes report.html beside them."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, isnan
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dfl_lora.errors import UserError
+from dfl_lora.report import figures
+from dfl_lora.report.figures import Array, Drawing, Record, number, per_peer
+
+T = TypeVar("T")
+NOTHING = "–"
+BYTES = ("B", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which peer has which rows, and who talks to whom."""
+
+    labels: tuple[str, ...]
+    counts: Array
+    edges: tuple[tuple[int, int], ...]
+    topology: str
+    spectral_gap: float
+    expected_consensus: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run."""
+
+    recipe_text: str
+    recipe: Record
+    records: tuple[Record, ...]
+    summary: Record
+    partition: Partition | None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A value with its name, as the page shows it."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+def write_report(run: Path) -> Path:
+    """Returns the path of report.html, written into the directory of a run from its other files."""
+    return write_atomically(run / "report.html", render(read_run(run)))
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Returns the path, which holds the old text or the new one and never a part."""
+    part = path.with_name(f".{path.name}.{token_hex(8)}")
+    try:
+        with part.open("xb") as file:
+            file.write(text.encode("utf-8", errors="replace"))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def read_run(run: Path) -> Run:
+    """Returns the files of a run; only partition.json may be absent."""
+    text = read(run / "recipe.yaml", str)
+    recipe = read(run / "recipe.yaml", lambda text: mapping(yaml.safe_load(text)))
+    summary = read(run / "summary.json", lambda text: mapping(json.loads(text)))
+    records = read(
+        run / "rounds.jsonl", lambda text: [mapping(json.loads(line)) for line in text.split("\n") if line.strip()]
+    )
+    partition = run / "partition.json"
+    return Run(text, recipe, tuple(records), summary, read(partition, partition_of) if partition.exists() else None)
+
+
+def read(path: Path, parse: Callable[[str], T]) -> T:
+    """Returns what `parse` makes of a file, or raises with the name of the file and what to do."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(
+            f"Cannot read {path}: {error}; a report needs the directory of a run that has ended, "
+            "with its recipe.yaml, rounds.jsonl and summary.json."
+        ) from None
+
+
+def mapping(value: Any) -> Record:
+    """Returns the value if it is a mapping, or raises."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a mapping was expected, not {type(value).__name__}")
+    return value
+
+
+def partition_of(text: str) -> Partition:
+    """Returns the partition of a partition.json, or raises if its parts do not fit together."""
+    given = mapping(json.loads(text))
+    labels = tuple(str(label) for label in given["labels"])
+    counts = np.array(given["counts"], dtype=np.float64).reshape(len(given["counts"]), len(labels))
+    edges = tuple(sorted({(min(i, j), max(i, j)) for i, j in given.get("edges", ())}))
+    if not len(counts) or not (np.isfinite(counts) & (counts >= 0)).all():
+        raise ValueError("counts must be the numbers of rows of at least one peer")
+    if not all(isinstance(end, int) and 0 <= end < len(counts) for edge in edges for end in edge):
+        raise ValueError(f"edges must be pairs of peers between 0 and {len(counts) - 1}")
+    gap, expected = number(given, "spectral_gap"), number(given, "expected_consensus")
+    return Partition(labels, counts, edges, kind(given.get("topology")), gap, expected)
+
+
+def render(run: Run) -> str:
+    """Returns the page; everything is escaped but the figures."""
+    environment = Environment(
+        loader=PackageLoader("dfl_lora.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        name=str(run.recipe.get("name") or "unnamed run"),
+        about=about(run),
+        headline=headline(run.summary),
+        drawings=drawings(run),
+        partition=run.partition,
+        graph_facts=graph_facts(run.partition),
+        peers=peers(run),
+        cost=cost(run.summary),
+        recipe=run.recipe_text,
+        provenance=provenance(run.summary),
+        svg=lambda drawing: Markup(drawing.svg),
+    )
+
+
+def drawings(run: Run) -> dict[str, Drawing | None]:
+    """Returns the figures by name, None where there is nothing to draw."""
+    part = run.partition
+    return {
+        "accuracy": figures.accuracy(run.records),
+        "loss": figures.loss(run.records),
+        "consensus": figures.consensus(run.records),
+        "relative": figures.relative(run.records),
+        "topology": figures.topology(len(part.counts), part.edges) if part else None,
+        "partition": figures.partition(part.counts, part.labels) if part else None,
+    }
+
+
+def about(run: Run) -> list[str]:
+    """Returns what the run was, in a few words each."""
+    topology = run.partition.topology if run.partition else kind(within(run.recipe, "peers", "topology"))
+    schedule = kind(within(run.recipe, "method", "schedule"))
+    return [
+        counted(number(run.summary, "num_peers"), "peer"),
+        counted(number(run.summary, "rounds"), "round"),
+        *([f"topology {topology}"] if topology else []),
+        *([f"schedule {schedule}"] if schedule else []),
+    ]
+
+
+def headline(summary: Record) -> list[Fact]:
+    """Returns the results of a run."""
+    return [
+        Fact("Accuracy", fixed(number(summary, "accuracy", "mean")), interval(within(summary, "accuracy", "ci95"))),
+        Fact("Worst peer", fixed(number(summary, "accuracy", "min")), "lowest accuracy"),
+        Fact("Best peer", fixed(number(summary, "accuracy", "max")), "highest accuracy"),
+        Fact("Consensus", fixed(number(summary, "accuracy", "consensus")), "accuracy of the average"),
+        Fact("Consensus error", short(number(summary, "consensus_error")), "after the last round"),
+        Fact("Relative disagreement", short(number(summary, "relative_disagreement")), "after the last round"),
+        Fact("Sent per peer", size(number(summary, "bytes_sent_per_peer")), "in all rounds"),
+        Fact("Time", duration(number(summary, "seconds", "total")), "in all rounds"),
+    ]
+
+
+def cost(summary: Record) -> list[Fact]:
+    """Returns where the time and the memory went."""
+    parts = [(part, number(summary, "seconds", part)) for part in ("train", "exchange", "evaluate", "total")]
+    return [
+        *(Fact(f"Seconds: {part}", short(seconds)) for part, seconds in parts),
+        Fact("Tokens per second", short(number(summary, "tokens_per_second"))),
+        Fact("Model FLOPs utilisation", short(number(summary, "mfu"))),
+        Fact("Peak memory", size(number(summary, "peak_rss_bytes"))),
+    ]
+
+
+def graph_facts(partition: Partition | None) -> str:
+    """Returns what is known of how well the graph mixes."""
+    if partition is None:
+        return ""
+    facts = {"Spectral gap": partition.spectral_gap, "expected consensus": partition.expected_consensus}
+    return ", ".join(f"{name} {short(value)}" for name, value in facts.items() if not isnan(value))
+
+
+def peers(run: Run) -> list[tuple[int, str, str]]:
+    """Returns each peer with its final accuracy and its training rows."""
+    accuracies = per_peer(run.summary)
+    rows = run.partition.counts.sum(axis=1) if run.partition and run.partition.labels else np.zeros(0)
+    return [
+        (i, at(accuracies, i, fixed), at(rows, i, lambda count: f"{count:,.0f}"))
+        for i in range(max(len(accuracies), len(rows)))
+    ]
+
+
+def provenance(summary: Record) -> list[str]:
+    """Returns the digest of the recipe and the versions of what ran it."""
+    digest, versions = summary.get("recipe_digest"), summary.get("versions")
+    return [
+        *([f"recipe {digest}"] if digest else []),
+        *(f"{name} {version}" for name, version in (versions.items() if isinstance(versions, Mapping) else ())),
+    ]
+
+
+def within(record: Any, *path: str) -> Any:
+    """Returns what is at that path of nested mappings, or None."""
+    for key in path:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record
+
+
+def kind(choice: Any) -> str:
+    """Returns the name of a choice that is written as a name or as a mapping with a kind, else an empty string."""
+    choice = choice.get("kind") if isinstance(choice, Mapping) else choice
+    return choice if isinstance(choice, str) else ""
+
+
+def at(values: Array, i: int, text: Callable[[float], str]) -> str:
+    """Returns the text of value i, a dash if there is none."""
+    return text(float(values[i])) if i < len(values) else NOTHING
+
+
+def interval(ci95: Any) -> str:
+    """Returns the 95 % interval over peers, given as a half width or as its two ends."""
+    if isinstance(ci95, Sequence) and len(ci95) == 2:
+        return f"95 %: {fixed(number(ci95[0]))} to {fixed(number(ci95[1]))}"
+    return "mean of the peers" if isnan(number(ci95)) else f"± {fixed(number(ci95))} (95 %)"
+
+
+def counted(count: float, word: str) -> str:
+    """Returns such as "7 peers"."""
+    return f"{short(count)} {word}{'' if count == 1 else 's'}"
+
+
+def fixed(value: float) -> str:
+    """Returns an accuracy, a dash for nan."""
+    return NOTHING if isnan(value) else f"{value:.4f}"
+
+
+def short(value: float) -> str:
+    """Returns a number of about three digits, a dash for nan."""
+    if isnan(value):
+        return NOTHING
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes in decimal units, a dash if it is not known."""
+    if not isfinite(count):
+        return NOTHING
+    power = 0
+    while abs(count) >= 999.5 and power < len(BYTES) - 1:
+        count, power = count / 1000, power + 1
+    return f"{short(count)} {BYTES[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as a person reads them, a dash if they are not known."""
+    if not isfinite(seconds):
+        return NOTHING
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

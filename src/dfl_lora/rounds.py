@@ -1,0 +1,111 @@
+"""The loop: local steps, mix with neighbours, measure; the caller decides when to stop.
+
+Written once. A process that hosts all peers is a simulation, one that hosts one is a real peer; the
+learner and the network are the only things that differ.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from dfl_lora.codecs import CODECS, Codec
+from dfl_lora.combine import COMBINES, Combine, Fault, Inbox
+from dfl_lora.corrections import CORRECTIONS, Correction
+from dfl_lora.graphs import Graph, Topology
+from dfl_lora.learners import Learner, Progress
+from dfl_lora.mixers import MIXERS, Mixer, Values
+from dfl_lora.mixing import Mixing, metropolis
+from dfl_lora.networks import Network
+from dfl_lora.peers import Peers
+from dfl_lora.schedules import Phase, Schedule
+
+Measures = Callable[[int, Peers], Mapping[str, Any]]
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A point in the product of the axes."""
+
+    schedule: Schedule
+    topology: Topology
+    mixing: Mixing = metropolis
+    correction: Correction = CORRECTIONS["none"]
+    mixer: Mixer = MIXERS["plain"]
+    combine: Combine = COMBINES["mean"]
+    codec: Codec = CODECS["fp32"]
+
+
+@dataclass
+class Traffic:
+    """What the hosted peers sent in one round, and what they refused."""
+
+    bytes: int = 0
+    messages: int = 0
+    refused: dict[Fault, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A round that is over. `peers` is valid until the next round is asked for."""
+
+    round: int
+    peers: Peers
+    progress: Mapping[int, Progress]
+    traffic: Traffic
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+
+def nothing(round: int, peers: Peers) -> Mapping[str, Any]:
+    """Measures nothing."""
+    return {}
+
+
+def rounds(
+    peers: Peers,
+    method: Method,
+    learner: Learner,
+    network: Network,
+    *,
+    before: Measures = nothing,
+    after: Measures = nothing,
+    clock: Clock = lambda name: nullcontext(),
+    first: int = 1,
+) -> Iterator[Record]:
+    """Yields a record for each round from `first` on; `before` and `after` measure on either side of mixing."""
+    for t in count(first):
+        phase, graph = method.schedule(t), method.topology(t)
+        with clock("train"):
+            progress = learner.train(peers, phase, t)
+        trained = before(t, peers)
+        with clock("exchange"):
+            traffic = mix(peers, phase, graph, t, method, network)
+        yield Record(t, peers, progress, traffic, trained, after(t, peers))
+
+
+def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, network: Network) -> Traffic:
+    """Sends, combines and takes in what the phase shares, in place; returns what it cost."""
+    traffic, hosted = Traffic(), {p.id: p for p in peers}
+
+    def exchange(values: Values, k: int) -> Values:
+        frames = {i: method.codec.encode(v, hosted[i].memory) for i, v in values.items()}
+        traffic.messages += sum(graph.degree(i) for i in frames)
+        traffic.bytes += sum(frame.num_bytes * graph.degree(i) for i, frame in frames.items())
+        combined = {}
+        for i, arrived in network.exchange(t, k, graph, frames).items():
+            own = values[i]
+            decoded = {j: None if f is None else method.codec.decode(f, own) for j, f in arrived.items()}
+            sent = method.codec.decode(frames[i], own) or own
+            inbox = Inbox.receive(method.mixing(graph, i), own, sent, decoded)
+            for fault in inbox.refused.values():
+                traffic.refused[fault] = traffic.refused.get(fault, 0) + 1
+            combined[i] = method.combine(inbox)
+        return combined
+
+    outgoing = {i: method.correction.outgoing(p, phase) for i, p in hosted.items()}
+    for i, mixed in method.mixer(outgoing, exchange).items():
+        method.correction.incoming(hosted[i], phase, mixed)
+    return traffic

@@ -1,0 +1,216 @@
+"""What travels: frames and the codecs that fill them."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from dfl_lora.codecs import CODECS, Codec
+from dfl_lora.codecs.fp32 import Fp32
+from dfl_lora.codecs.frames import Frame
+from dfl_lora.tensors import Layout, Tensors
+
+LAYOUT = Layout.of({"q.B": ("B", (2, 3)), "head": ("head", (1,))})
+MESSAGE = Tensors(torch.arange(7.0) - 3, LAYOUT)
+FRAME = Fp32().encode(MESSAGE, {})
+CONTENT = FRAME.to_bytes()
+HEADER_BYTES = 4 + int.from_bytes(CONTENT[:4], "big")
+
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+
+
+def content(header: bytes, body: bytes) -> bytes:
+    return len(header).to_bytes(4, "big") + header + body
+
+
+def body(entries: dict[str, object], data: bytes) -> bytes:
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@every_codec
+def test_a_frame_crosses_the_wire(codec: Codec) -> None:
+    frame = codec.encode(MESSAGE, {})
+    arrived = Frame.from_bytes(frame.to_bytes())
+    assert arrived is not None
+    here, there = codec.decode(frame, MESSAGE), codec.decode(arrived, MESSAGE)
+    assert here is not None
+    assert there is not None
+    assert there.layout == LAYOUT
+    assert torch.equal(here.flat, there.flat)
+
+
+@every_codec
+def test_a_frame_of_another_layout_is_not_decoded(codec: Codec) -> None:
+    other = Tensors(MESSAGE.flat, Layout.of({"k.B": ("B", (2, 3)), "head": ("head", (1,))}))
+    assert codec.decode(codec.encode(other, {}), MESSAGE) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fp32_sends_every_bit(dtype: torch.dtype) -> None:
+    values = torch.tensor([0.1, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3.4e38], dtype=dtype)
+    message = Tensors(values, LAYOUT)
+    arrived = Frame.from_bytes(Fp32().encode(message, {}).to_bytes())
+    assert arrived is not None
+    decoded = Fp32().decode(arrived, message)
+    assert decoded is not None
+    assert decoded.flat.numpy().tobytes() == values.numpy().tobytes()
+
+
+def test_fp32_sends_a_view_as_that_view_alone() -> None:
+    matrix = torch.arange(21.0).view(3, 7)
+    arrived = Frame.from_bytes(Fp32().encode(Tensors(matrix[1], LAYOUT), {}).to_bytes())
+    assert arrived is not None
+    assert torch.equal(arrived.body["x"], matrix[1])
+    assert len(Fp32().encode(Tensors(matrix[1], LAYOUT), {}).to_bytes()) == len(CONTENT)
+
+
+def test_fp32_copies_nothing_in_memory() -> None:
+    assert FRAME.body["x"] is MESSAGE.flat
+    decoded = Fp32().decode(FRAME, MESSAGE)
+    assert decoded is not None
+    assert decoded.flat is MESSAGE.flat
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame("bf16", LAYOUT.digest, {"x": MESSAGE.flat}),
+        Frame("fp32", "0" * 64, {"x": MESSAGE.flat}),
+        Frame("fp32", LAYOUT.digest, {}),
+        Frame("fp32", LAYOUT.digest, {"y": MESSAGE.flat}),
+        Frame("fp32", LAYOUT.digest, {"x": MESSAGE.flat, "y": MESSAGE.flat}),
+        Frame("fp32", LAYOUT.digest, {"x": MESSAGE.flat[:6]}),
+        Frame("fp32", LAYOUT.digest, {"x": MESSAGE.flat.view(7, 1)}),
+        Frame("fp32", LAYOUT.digest, {"x": MESSAGE.flat.double()}),
+        Frame("fp32", LAYOUT.digest, {"x": MESSAGE.flat.int()}),
+    ],
+    ids=["codec", "layout", "no tensor", "another name", "one too many", "short", "shape", "float64", "integers"],
+)
+def test_fp32_decodes_nothing_else(frame: Frame) -> None:
+    assert Fp32().decode(frame, MESSAGE) is None
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool]
+tensors = st.builds(
+    lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.sampled_from(DTYPES),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text("xyzé/.", min_size=1, max_size=6), tensors, max_size=4), st.text(max_size=5))
+def test_the_bytes_of_a_frame_are_those_of_its_encoded_body(named: dict[str, torch.Tensor], layout: str) -> None:
+    frame = Frame("fp32", layout, named)
+    assert frame.num_bytes == len(save(named))
+    sent = frame.to_bytes()
+    assert frame.num_bytes == len(sent) - 4 - int.from_bytes(sent[:4], "big")
+
+
+def test_fp32_is_four_bytes_a_number_and_little_more() -> None:
+    layout = Layout.of({"q.B": ("B", (1000, 8))})
+    assert 0 <= Fp32().encode(Tensors(torch.ones(8000), layout), {}).num_bytes - 32_000 <= 128
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(st.text("xyz", min_size=1), tensors, max_size=3), st.text(max_size=5), st.text(max_size=5))
+def test_frames_survive_the_wire(named: dict[str, torch.Tensor], codec: str, layout: str) -> None:
+    arrived = Frame.from_bytes(Frame(codec, layout, named).to_bytes())
+    assert arrived is not None
+    assert (arrived.codec, arrived.layout, arrived.body.keys()) == (codec, layout, named.keys())
+    assert all(torch.equal(arrived.body[k], v) and arrived.body[k].dtype == v.dtype for k, v in named.items())
+
+
+def test_a_transposed_tensor_survives_the_wire() -> None:
+    turned = torch.arange(6.0).view(2, 3).T
+    arrived = Frame.from_bytes(Frame("fp32", "", {"x": turned}).to_bytes())
+    assert arrived is not None
+    assert torch.equal(arrived.body["x"], turned)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=64))
+def test_garbage_is_no_frame(garbage: bytes) -> None:
+    assert Frame.from_bytes(garbage) is None
+    assert Frame.from_bytes(CONTENT[:HEADER_BYTES] + garbage) is None
+    assert Frame.from_bytes(CONTENT + garbage) is None or not garbage
+
+
+@pytest.mark.parametrize("length", range(len(CONTENT)))
+def test_a_truncated_frame_is_no_frame(length: int) -> None:
+    assert Frame.from_bytes(CONTENT[:length]) is None
+
+
+changes = st.lists(st.tuples(st.integers(0, len(CONTENT) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=300)
+@given(changes)
+def test_changed_bytes_never_raise_and_never_decode_to_another_layout(changed: list[tuple[int, int]]) -> None:
+    wrong = bytearray(CONTENT)
+    for place, value in changed:
+        wrong[place] = value
+    frame = Frame.from_bytes(bytes(wrong))
+    decoded = None if frame is None else Fp32().decode(frame, MESSAGE)
+    assert decoded is None or (decoded.layout == LAYOUT and decoded.flat.shape == (7,))
+
+
+GOOD_BODY = save({"x": MESSAGE.flat})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"null",
+        b"3",
+        b"[]",
+        b'"codec"',
+        b"{}",
+        b'{"codec": "fp32"}',
+        b'{"layout": "x"}',
+        b"{'codec': 'fp32', 'layout': 'x'}",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"codec":' * 100_000,
+        b"1" * 10_000,
+    ],
+    ids=lambda h: h.decode(errors="replace")[:20],
+)
+def test_a_frame_with_a_wrong_header_is_no_frame(header: bytes) -> None:
+    assert Frame.from_bytes(content(header, GOOD_BODY)) is None
+
+
+def test_a_header_of_other_types_is_not_decoded() -> None:
+    frame = Frame.from_bytes(content(b'{"codec": null, "layout": ["fp32"]}', GOOD_BODY))
+    assert frame is None or Fp32().decode(frame, MESSAGE) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [8], "data_offsets": [0, 28]},
+        {"dtype": "F32", "shape": [-7], "data_offsets": [0, 28]},
+        {"dtype": "F32", "shape": [7], "data_offsets": [28, 0]},
+        {"dtype": "F32", "shape": [7], "data_offsets": [0, 2**40]},
+        {"dtype": "PICKLE", "shape": [7], "data_offsets": [0, 28]},
+        {"dtype": "F4", "shape": [56], "data_offsets": [0, 28]},
+        {"dtype": "F32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]},
+        {"dtype": "F32"},
+        None,
+        [],
+    ],
+    ids=str,
+)
+def test_a_frame_whose_body_lies_about_itself_is_no_frame(entry: object) -> None:
+    empty = isinstance(entry, dict) and entry.get("data_offsets") == [0, 0]
+    data = b"" if empty else bytes(28)
+    assert Frame.from_bytes(content(CONTENT[4:HEADER_BYTES], body({"x": entry}, data))) is None

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from dfl_lora.errors import UserError
+from dfl_lora.files import write_atomically
 from dfl_lora.report import figures
-from dfl_lora.report.page import duration, interval, short, size, write_atomically, write_report
+from dfl_lora.report.page import duration, interval, short, size, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 FILES = {"recipe.yaml", "rounds.jsonl", "summary.json", "partition.json"}
@@ -315,13 +316,13 @@ def test_a_partition_whose_parts_do_not_fit_is_refused(tmp_path: Path, wrong: di
 def test_a_failure_to_write_leaves_the_old_report_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*paths: Path) -> None:
+    def refuse(*paths: object) -> None:
         raise OSError("no space")
 
     (tmp_path / "report.html").write_text("old")
-    monkeypatch.setattr("dfl_lora.report.page.os.replace", refuse)
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
     with pytest.raises(OSError, match="no space"):
-        write_atomically(tmp_path / "report.html", "new")
+        write_atomically(tmp_path / "report.html", b"new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 

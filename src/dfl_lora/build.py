@@ -63,7 +63,9 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
         recipe.task.kind == "toy"
     ):
-        raise UserError(f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them.")
+        raise UserError(
+            f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
+        )
     if recipe.task.kind == "toy":
         data, files = toy_data(recipe, hosted), None
         base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
@@ -87,9 +89,7 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
         trainer = StackedLearner(base.model, data.peers, work, lora.scaling, tokens)
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work)
-    return Federation(
-        recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export
-    )
+    return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
 
 
 def resolve_compute(compute: Compute) -> Compute:
@@ -98,8 +98,8 @@ def resolve_compute(compute: Compute) -> Compute:
     dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
     attention = ("eager" if dtype == "bfloat16" else "sdpa") if compute.attention == "auto" else compute.attention
     return Compute(
-        dtype=dtype,  # type: ignore[arg-type]
-        attention=attention,  # type: ignore[arg-type]
+        dtype=dtype,
+        attention=attention,
         group_tokens=4096 if compute.group_tokens == "auto" else compute.group_tokens,
         device="cpu",
         threads=torch.get_num_threads() if compute.threads == "auto" else compute.threads,
@@ -180,7 +180,10 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     limit = min(recipe.task.max_length, bases.max_tokens(files))
     tokens = tasks.Tokenization(bases.load_tokenizer(files), files.tokenizer, limit, recipe.task.truncation_side)
     read = {i: tokens.source(rows, columns, names, paths[i]) for i, rows in tables.items()}
-    shards = {i: Shard(read[owner], rows) for i, owner, rows in zip(everyone if shared else owners, owners, parts, strict=True)}
+    shards = {
+        i: Shard(read[owner], rows)
+        for i, owner, rows in zip(everyone if shared else owners, owners, parts, strict=True)
+    }
     train = {i: shards[i] for i in hosted}
     counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
     return Data(PeerData(train, validation_shards(recipe, tokens, columns, names, [*train, CONSENSUS])), names, counts)

@@ -27,6 +27,8 @@ class Graph:
     @staticmethod
     def of(num_peers: int, edges: Iterable[Sequence[int]]) -> "Graph":
         """Returns a checked graph: pairs of distinct peers within range, connected."""
+        if num_peers < 1:
+            raise UserError(f"A graph of {num_peers} peers was asked for; give at least 1.")
         pairs = set()
         for edge in edges:
             if len(edge) != 2 or not all(isinstance(v, int) and 0 <= v < num_peers for v in edge) or edge[0] == edge[1]:
@@ -121,10 +123,13 @@ def read_numbers(path: Path) -> list[list[float]]:
     try:
         text = path.read_text()
         if path.suffix == ".json":
-            return [[float(v) for v in row] for row in json.loads(text)]
+            rows = json.loads(text)
+            if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+                raise TypeError("it is not a list of lists")
+            return [[float(v) for v in row] for row in rows]
         lines = [line.replace(",", " ").split() for line in text.splitlines()]
         return [[float(v) for v in line] for line in lines if line and not line[0].startswith("#")]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"Cannot read rows of numbers from {path}: {error}; give a .json list of lists or a text file, "
             "one row a line, numbers separated by commas or blanks."
@@ -134,6 +139,6 @@ def read_numbers(path: Path) -> list[list[float]]:
 def read_edges(path: Path) -> list[list[int]]:
     """Reads an edge list, one pair of peers a row."""
     rows = read_numbers(path)
-    if not all(len(row) == 2 and all(v == int(v) for v in row) for row in rows):
+    if not all(len(row) == 2 and all(v.is_integer() for v in row) for row in rows):
         raise UserError(f"{path} is not an edge list; each row must be two peer numbers, such as 0,1.")
     return [[int(v) for v in row] for row in rows]

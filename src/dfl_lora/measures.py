@@ -12,6 +12,7 @@ tr((L_i' L_j) (R_j R_i')) lose no digits where peers nearly agree. All in float6
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def consensus(modules: Iterable[tuple[Tensor, Tensor]], num_peers: int) -> Conse
         error += from_means.mean().item()
         disagreement += from_mean.mean().item()
         size += mean_norm.item()
-    return Consensus(error, disagreement, disagreement / size if size > 0 else 0.0)
+    apart = disagreement * inf if disagreement else 0.0  # products that cancel are infinitely far from their mean
+    return Consensus(error, disagreement, disagreement / size if size else apart)
 
 
 def module_distances(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

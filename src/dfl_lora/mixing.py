@@ -15,6 +15,7 @@ from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
 
 Matrix = NDArray[np.float64]
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
     w = np.asarray(rows, dtype=np.float64)
     if not np.isfinite(w).all() or (w < 0).any():
         raise UserError("The matrix holds negative or non-finite weights; every weight must be between 0 and 1.")
-    if not np.allclose(w, w.T, atol=1e-9):
+    if not np.allclose(w, w.T, rtol=0, atol=TOLERANCE):
         i, j = np.unravel_index(np.abs(w - w.T).argmax(), w.shape)
         raise UserError(f"The matrix is not symmetric: W[{i},{j}] = {w[i, j]:g} but W[{j},{i}] = {w[j, i]:g}.")
     sums = w.sum(axis=1)
-    if not np.allclose(sums, 1.0, atol=1e-6):
+    if not np.allclose(sums, 1.0, rtol=0, atol=TOLERANCE):
         worst = int(np.abs(sums - 1).argmax())
         raise UserError(f"The matrix is not stochastic: row {worst} sums to {sums[worst]:g}, and every row must to 1.")
     graph = Graph.of(n, [(i, j) for i in range(n) for j in range(i) if w[i, j] > 0])
+    if n > 1 and rho(w) > 1 - TOLERANCE:
+        raise UserError("Under this matrix peers swap for ever and never agree; use (I + W) / 2 instead.")
 
     def given(graph: Graph, peer: int) -> Row:
         return Row(peer, {j: float(w[peer, j]) for j in graph.neighbours(peer)})
@@ -76,7 +79,7 @@ def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
     return graph, given
 
 
-def eigenvalues(w: Matrix) -> Matrix:
+def eigenvalues(w: Matrix) -> NDArray[np.floating]:
     """Returns the eigenvalues of a symmetric W, largest modulus first; the first is 1."""
     values = np.linalg.eigvalsh(w)
     return values[np.argsort(-np.abs(values))]

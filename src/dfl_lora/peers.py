@@ -79,7 +79,7 @@ class Peers(Sequence[Peer]):
         if name in self.common.layout.by_name:
             return self.common[name].unsqueeze(0)
         e = self.layout.by_name[name]
-        return self.x[:, e.start : e.stop].unflatten(1, e.shape)
+        return self.x[:, e.start : e.stop].view(len(self), *e.shape)
 
     def adapter(self, row: int | None) -> dict[str, Tensor]:
         """Returns every adapter tensor by name, of one row or (None) of the consensus: the mean over peers."""

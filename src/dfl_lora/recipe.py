@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dfl_lora.errors import UserError, nearest
+from dfl_lora.errors import nearest
 from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
 from dfl_lora.mixing import MIXINGS
 
@@ -166,7 +166,9 @@ class Topology(Part):
     def check(self) -> Self:
         kinds = [*GRAPHS, "edges", "matrix"]
         if self.kind not in kinds:
-            raise ValueError(f"unknown topology '{self.kind}'; allowed are {', '.join(kinds)}.{nearest(self.kind, kinds)}")
+            raise ValueError(
+                f"unknown topology '{self.kind}'; allowed are {', '.join(kinds)}.{nearest(self.kind, kinds)}"
+            )
         if self.path is not None and self.kind == "edges":
             self.edges, self.path = read_edges(Path(self.path)), None
         if self.path is not None and self.kind == "matrix":
@@ -327,91 +329,3 @@ class Recipe(Part):
 def is_path(validation: str) -> bool:
     """Tells a path or template from the name of a split."""
     return any(mark in validation for mark in ("/", "\\", "{", ".")) or Path(validation).exists()
-
-
-ALTERNATIVES = (
-    {"train.local.steps", "train.local.epochs"},
-    {"data.path", "data.per_peer"},
-)
-"""Keys of which one drops the other when it is set."""
-
-
-def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and applies `a.b=value` settings; raises one sentence where anything is wrong."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"There is no recipe at {path}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not a mapping of recipe keys such as model and data.")
-    return resolve(cast(dict[str, Any], content), settings, str(path))
-
-
-def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:
-    """Returns the checked recipe of a mapping with settings applied."""
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write key=value, such as --set train.rounds=5.")
-        try:
-            set_key(content, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: '{text}' is not a YAML value.") from None
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{source}: {sentence(error)}") from None
-
-
-def set_key(content: dict[str, Any], key: str, value: object) -> None:
-    """Sets a dotted key in place; a setting drops its alternative and the recorded digest."""
-    content.pop("digest", None)
-    for group in ALTERNATIVES:
-        if key in group:
-            for other in group - {key}:
-                drop(content, other.split("."))
-    *parents, last = key.split(".")
-    inner = content
-    for parent in parents:
-        child = inner.get(parent)
-        child = named(child) if isinstance(child, str) else child
-        inner[parent] = child if isinstance(child, dict) else {}
-        inner = inner[parent]
-    inner[last] = value
-
-
-def drop(content: dict[str, Any], path: Sequence[str]) -> None:
-    for parent in path[:-1]:
-        content = content.get(parent) or {}
-    content.pop(path[-1], None)
-
-
-def sentence(error: ValidationError) -> str:
-    """Returns the first mistake as one sentence, with the nearest key or the allowed values."""
-    first = error.errors()[0]
-    place = ".".join(str(p) for p in first["loc"] if p != "literal['auto']")
-    more = f" ({error.error_count() - 1} more mistakes follow.)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        fields = fields_at(first["loc"][:-1])
-        return f"unknown key '{place}'; allowed here are {', '.join(fields)}.{nearest(str(first['loc'][-1]), fields)}{more}"
-    if first["type"] == "missing":
-        return f"the key '{place}' is required and missing; add it.{more}"
-    if first["type"] == "literal_error":
-        given = str(first["input"])
-        allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
-        return f"{place} is '{given}'; allowed are {', '.join(allowed)}.{nearest(given, allowed)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] == "value_error" else f" (given: {first['input']!r})"
-    return f"{place}: {message}{given}.{more}".replace("..", ".").replace("?.", "?")
-
-
-def fields_at(loc: Sequence[str | int]) -> list[str]:
-    """Returns the keys allowed at a place of the recipe."""
-    part: type[BaseModel] = Recipe
-    for key in loc:
-        field = part.model_fields.get(str(key))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            part = field.annotation
-    return list(part.model_fields)

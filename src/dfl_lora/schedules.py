@@ -49,4 +49,4 @@ SCHEDULES: dict[str, Callable[[Head], Schedule]] = {"lora": lora, "freeze_a": fr
 def ever_trained(schedule: Schedule, rounds: int) -> Roles:
     """Returns the roles that any round trains: the others are one common frozen copy."""
     empty: Roles = frozenset()
-    return empty.union(*(schedule(t).trained for t in range(max(rounds, 1))))
+    return empty.union(*(schedule(t).trained for t in range(1, max(rounds, 1) + 1)))

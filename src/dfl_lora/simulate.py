@@ -8,16 +8,16 @@ import json
 import platform
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, cast
 
 import numpy as np
-from scipy import stats
 
 from dfl_lora import measures, mixing
 from dfl_lora.build import CONSENSUS, Federation, build
@@ -28,7 +28,9 @@ from dfl_lora.learners import Score
 from dfl_lora.networks import Network
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
-from dfl_lora.recipe import Compute, Recipe, load_recipe
+from dfl_lora.reading import load_recipe
+from dfl_lora.recipe import Compute, Recipe
+from dfl_lora.report.figures import half_width
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, Traffic, mix, rounds
 
@@ -36,12 +38,20 @@ Line = dict[str, Any]
 MANY_PEERS = 64
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the seed's order does before round 1: every peer's accuracy, the measure after one gossip, its bytes."""
+
+    accuracies: list[float]
+    consensus_error: float
+    bytes_sent_per_peer: float
+
+
 class Observer(Protocol):
     """Who watches a run: the screen, the log."""
 
-    def started(self, federation: Federation, first: int) -> None: ...
-    def prepared(self, scores: Mapping[int, Score], consensus_error: float) -> None:
-        """The seed's order: the evaluation before round 1 and the measure after the first gossip."""
+    def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
+        """The run begins, or goes on after the rounds in `lines`."""
         ...
 
     def finished_round(self, record: Record, line: Line) -> None: ...
@@ -78,7 +88,9 @@ def prepare(run: Path, resume: bool, overwrite: bool) -> None:
             raise UserError(f"{run} holds files that are no run; give another folder with --out, or empty it.")
         return
     if not (resume or overwrite):
-        raise UserError(f"There is a run in {run} already; go on with --resume, replace it with --overwrite, or use --out.")
+        raise UserError(
+            f"There is a run in {run} already; go on with --resume, replace it with --overwrite, or use --out."
+        )
 
 
 def clear(run: Path) -> None:
@@ -89,7 +101,7 @@ def clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def run_recipe(recipe: Recipe, run: Path, observer: Observer, *, resume: bool, overwrite: bool) -> Line:
+def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resume: bool, overwrite: bool) -> Line:
     """Runs a recipe to its end in directory `run` and returns the summary."""
     prepare(run, resume, overwrite)
     if resume and (run / "recipe.yaml").exists():
@@ -106,18 +118,20 @@ def run_recipe(recipe: Recipe, run: Path, observer: Observer, *, resume: bool, o
     write_atomically(run / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
     write_atomically(run / "partition.json", json.dumps(partition_facts(federation), indent=1).encode())
-    simulation = Simulation(federation, run, observer, MemoryNetwork())
-    observer.started(federation, done + 1)
-    if done == 0 and federation.recipe.train.order == "seed":
-        simulation.seed_preparation()
-    elif checkpoint is not None:
-        simulation.initial_bytes = checkpoint.kept["initial_bytes"]
+    simulation = Simulation(federation, run, observers, MemoryNetwork())
+    if checkpoint is not None:
+        simulation.start = Start(**checkpoint.kept["start"]) if checkpoint.kept["start"] else None
+    elif federation.recipe.train.order == "seed":
+        simulation.start = simulation.seed_start()
+    for observer in observers:
+        observer.started(federation, lines, simulation.start)
     simulation.go(done, lines)
     summary = simulation.summary(lines)
-    write_atomically(run / "summary.json", json.dumps(summary, indent=1).encode())
     simulation.write_adapters()
+    write_atomically(run / "summary.json", json.dumps(summary, indent=1).encode())
     write_report(run)
-    observer.ended(summary, run)
+    for observer in observers:
+        observer.ended(summary, run)
     return summary
 
 
@@ -127,10 +141,10 @@ class Simulation:
 
     federation: Federation
     run: Path
-    observer: Observer
+    observers: Sequence[Observer]
     network: Network
     clock: Stopwatch = field(default_factory=Stopwatch)
-    initial_bytes: float = 0.0
+    start: Start | None = None
 
     def evaluate(self, t: int, peers: Peers) -> dict[int, Score]:
         """Returns the scores of a round in which evaluation is due, else nothing."""
@@ -146,13 +160,13 @@ class Simulation:
     def after(self, t: int, peers: Peers) -> Mapping[str, Any]:
         return {"scores": self.evaluate(t, peers), "consensus": consensus_of(peers)}
 
-    def seed_preparation(self) -> None:
+    def seed_start(self) -> Start:
         """Evaluates all peers, gossips once and measures, before round 1."""
         f = self.federation
         scores = f.learner.evaluate(f.peers)
         traffic = mix(f.peers, f.method.schedule(0), f.graph, 0, f.method, self.network)
-        self.initial_bytes = traffic.bytes / len(f.peers)
-        self.observer.prepared(scores, consensus_of(f.peers).consensus_error)
+        accuracies = [score.accuracy for score in scores.values()]
+        return Start(accuracies, consensus_of(f.peers).consensus_error, traffic.bytes / len(f.peers))
 
     def go(self, done: int, lines: list[Line]) -> None:
         """Runs the rounds that are left, one line and perhaps a checkpoint each."""
@@ -171,9 +185,10 @@ class Simulation:
                 file.flush()
                 lines.append(line)
                 if record.round % f.recipe.output.checkpoint_every == 0 or record.round == total:
-                    kept = {"initial_bytes": self.initial_bytes}
+                    kept = {"start": asdict(self.start) if self.start else None}
                     save_checkpoint(self.run / "checkpoint", f.peers, record.round, f.digest, kept)
-                self.observer.finished_round(record, line)
+                for observer in self.observers:
+                    observer.finished_round(record, line)
                 if record.round == total:
                     return
                 start = perf_counter()
@@ -190,9 +205,10 @@ class Simulation:
             "name": f.recipe.name,
             "num_peers": len(f.peers),
             "rounds": len(lines),
-            "accuracy": {**last["accuracy"], "ci95": half_width(last["accuracy"]["per_peer"]), "consensus": agreed},
+            "accuracy": {**last["accuracy"], "ci95": interval(last["accuracy"]["per_peer"]), "consensus": agreed},
             **{key: last[key] for key in ("consensus_error", "product_disagreement", "relative_disagreement")},
-            "bytes_sent_per_peer": self.initial_bytes + sum(line["bytes_sent_per_peer"] for line in lines),
+            "bytes_sent_per_peer": sum(line["bytes_sent_per_peer"] for line in lines)
+            + (self.start.bytes_sent_per_peer if self.start else 0.0),
             "seconds": seconds,
             "tokens_per_second": tokens / max(seconds["train"], 1e-9),
             "mfu": None,
@@ -220,14 +236,13 @@ def line_of(record: Record, seconds: Mapping[str, float]) -> Line:
     losses = [p.loss for p in record.progress.values()]
     line: Line = {"round": record.round, "loss": spread(losses)}
     for key, measured in (("accuracy_before_mixing", record.before), ("accuracy", record.after)):
-        scores = cast(Mapping[int, Score], measured.get("scores", {}))
-        if scores:
-            values = [score.accuracy for score in scores.values()]
+        values = [score.accuracy for score in cast(Mapping[int, Score], measured.get("scores", {})).values()]
+        if values:
             line[key] = spread(values) | {"per_peer": values}
     traffic: Traffic = record.traffic
     return {
         **line,
-        **asdict(record.after["consensus"]),
+        **{key: value if isfinite(value) else None for key, value in asdict(record.after["consensus"]).items()},
         "bytes_sent_per_peer": traffic.bytes / len(record.peers),
         "messages": traffic.messages,
         "refused": dict(traffic.refused),
@@ -240,14 +255,12 @@ def line_of(record: Record, seconds: Mapping[str, float]) -> Line:
 def spread(values: list[float]) -> dict[str, Any]:
     """Returns mean, min and max; null where a value is not finite, since JSON has no word for it."""
     keys = {"mean": float(np.mean(values)), "min": float(np.min(values)), "max": float(np.max(values))}
-    return {key: value if np.isfinite(value) else None for key, value in keys.items()}
+    return {key: value if isfinite(value) else None for key, value in keys.items()}
 
 
-def half_width(values: list[float]) -> float:
+def interval(values: list[float]) -> float:
     """Returns the half width of Student's 95 % interval of the mean over peers; 0 for one peer."""
-    if len(values) < 2:
-        return 0.0
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return half_width(np.array(values)) if len(values) > 1 else 0.0
 
 
 def partition_facts(federation: Federation) -> Line:
@@ -262,6 +275,14 @@ def partition_facts(federation: Federation) -> Line:
         "spectral_gap": 1.0 if alone else 1 - mixing.rho(w),
         "expected_consensus": 0.0 if alone else mixing.expected_consensus(w),
     }
+
+
+def labels_of(run: Path) -> list[str]:
+    """Returns the label names of a run."""
+    try:
+        return [str(label) for label in json.loads((run / "partition.json").read_text())["labels"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run / 'partition.json'} is missing or damaged; run the recipe again.") from None
 
 
 def versions() -> dict[str, str]:

@@ -112,6 +112,8 @@ class Tensors:
         if values.keys() != layout.by_name.keys():
             raise ValueError(f"names differ from the layout: {sorted(values.keys() ^ layout.by_name.keys())[:4]}")
         for name, value in values.items():
+            if value.shape != result[name].shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout says {tuple(result[name].shape)}")
             result[name].copy_(value)
         return result
 

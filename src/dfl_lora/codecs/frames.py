@@ -38,7 +38,7 @@ class Frame:
         try:
             header = json.loads(content[4 : 4 + size])
             return Frame(str(header["codec"]), str(header["layout"]), load(content[4 + size :]))
-        except (ValueError, KeyError, TypeError, SafetensorError):
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
             return None
 
 

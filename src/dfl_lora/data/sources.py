@@ -1,6 +1,5 @@
 """Where rows come from: the built-in generator, files, folders (also save_to_disk), and hub names."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,16 +21,17 @@ def load_rows(path: str, config: str | None, split: str) -> Dataset:
         if split not in BUILTIN_ROWS:
             raise UserError(f"{BUILTIN} has no split '{split}'; it has {', '.join(BUILTIN_ROWS)}.")
         return Dataset.from_list(sentences(split, BUILTIN_ROWS[split]))
-    place = Path(os.path.expanduser(path))
+    place = Path(path).expanduser()
     try:
         loaded = read(place, config) if place.exists() else load_dataset(path, config)
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; each means that these rows are not to be had
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        which = f" (config {config})" if config else ""
         raise UserError(
-            f"Cannot load data from '{path}'{f' (config {config})' if config else ''}: {detail} Give a folder, a .parquet, "
-            f".csv or .jsonl file, a save_to_disk folder, {BUILTIN}, or a hub name with the network on."
+            f"Cannot load data from '{path}'{which}: {detail} Give a folder, a .parquet, .csv or .jsonl file, "
+            f"a save_to_disk folder, {BUILTIN}, or a hub name with the network on."
         ) from None
     return pick(loaded, split, path)
 
@@ -73,5 +73,3 @@ def column(rows: Dataset, name: str, path: str) -> list[object]:
             f"{nearest(name, rows.column_names)}"
         )
     return list(rows[name])
-
-

@@ -47,7 +47,9 @@ def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(1 + max(int(v) for v in values if isinstance(v, int))))
 
 
-def label_ids(rows: Dataset, columns: Columns, names: Sequence[str], path: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def label_ids(
+    rows: Dataset, columns: Columns, names: Sequence[str], path: str
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Returns the labels as numbers; raises with the first row whose label is not one of `names`."""
     values = column(rows, columns.label, path)
     numbers = {name: i for i, name in enumerate(names)}
@@ -74,11 +76,13 @@ class Tokenization:
         """Tokenises rows once and returns them memory-mapped from a private cache, named by their content."""
         texts = [[str(v) for v in column(rows, name, path)] for name in columns.text]
         labels = label_ids(rows, columns, names, path)
-        key = hashlib.sha256(json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()
+        ).hexdigest()
         folder = cache_folder() / key
         if not folder.is_dir():
             self.write(folder, texts)
-        arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in sorted(folder.glob("*.npy"))}
+        arrays = {f.stem: np.lib.format.open_memmap(f, mode="r") for f in sorted(folder.glob("*.npy"))}
         offsets = np.asarray(arrays.pop("offsets"))
         pads = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
         return TokenSource(arrays, offsets, labels, pads, self.max_length)
@@ -101,7 +105,9 @@ class Tokenization:
 
 def cache_folder() -> Path:
     """Returns the private folder of token caches (mode 0700): DFL_LORA_CACHE, or dfl-lora under the user's cache."""
-    root = os.environ.get("DFL_LORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dfl-lora"
+    root = (
+        os.environ.get("DFL_LORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dfl-lora"
+    )
     folder = Path(root) / "tokens"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)

@@ -1,7 +1,7 @@
 """The sequential learner: plain PEFT, one peer at a time. The reference that the stacked learner must equal."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from dfl_lora.schedules import Phase
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import ROLES, Role
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
@@ -40,23 +40,21 @@ class SequentialLearner:
         lora = self.placement.lora
         config = LoraConfig(
             r=lora.r,
-            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=lora.lora_alpha,
             lora_dropout=max(lora.lora_dropout, 1e-9),
             use_rslora=lora.use_rslora,
             target_modules=list(self.placement.modules),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.peft = get_peft_model(self.model, config).eval().to(self.device)  # type: ignore[arg-type]
+            self.peft = get_peft_model(self.model, config).eval().to(self.device)
         self.current = Pass()
         for name, module in list(self.peft.named_modules()):
             if isinstance(module, nn.Dropout):
                 p = lora.lora_dropout if ".lora_dropout." in name else module.p * self.work.base_dropout
                 parent, _, child = name.rpartition(".")
                 setattr(self.peft.get_submodule(parent), child, StreamDropout(p, self.current))
-        self.parameters = {
-            name: self.peft.get_parameter(self.path_of(name)) for name in self.placement.layout.by_name
-        }
+        self.parameters = {name: self.peft.get_parameter(self.path_of(name)) for name in self.placement.layout.by_name}
 
     def path_of(self, name: str) -> str:
         for factor in ("A", "B"):
@@ -103,7 +101,7 @@ class SequentialLearner:
     def optimizer(self, peer: Peer, trained: Mapping[str, Role]) -> torch.optim.Optimizer:
         """Returns a torch optimiser in the state the peer was left in."""
         parameters = [self.parameters[name] for name in trained]
-        optimizer = OPTIMIZERS[self.work.optimizer](parameters, lr=self.work.learning_rate)  # type: ignore[call-arg]
+        optimizer = OPTIMIZERS[self.work.optimizer](parameters, self.work.learning_rate)
         for name, role in trained.items():
             steps = int(peer.counters[ROLES.index(role)])
             if peer.optimizer and steps:
@@ -159,5 +157,3 @@ class SequentialLearner:
             loss += mean.item() * len(batch.labels)
             count += len(batch.labels)
         return Score(correct / count, loss / count, count)
-
-

@@ -6,6 +6,7 @@ sum over peers of each peer's mean, so one backward gives each peer its own grad
 optimiser's step count and the finite flag are per peer.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ class StackedLearner:
             torch_stream(self.work.seed, "dropout", peers.ids[row], int(peers.counters[row, STEPS])) for row in rows
         ]
         losses = self.forward(batches, leaves)[1]
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():  # gradients are strided views of one buffer on purpose
+            warnings.filterwarnings("ignore", message="grad and param do not obey")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         self.current.generators = None
         losses = losses.detach()
         finite = torch.isfinite(gradients).all(1) & torch.isfinite(losses)
@@ -111,10 +114,10 @@ class StackedLearner:
         """Returns every adapter tensor of the pass; trained ones are leaves whose gradients fall into one buffer."""
         tensors = {name: value.unsqueeze(0) for name, value in peers.common.items()}
         for e in peers.layout.entries:
-            leaf = x[:, e.start : e.stop].unflatten(1, e.shape).detach()
+            leaf = x[:, e.start : e.stop].view(len(x), *e.shape).detach()
             if e.role in phase.trained:
                 leaf.requires_grad_()
-                leaf.grad = gradients[:, e.start : e.stop].unflatten(1, e.shape)
+                leaf.grad = gradients[:, e.start : e.stop].view(len(x), *e.shape)
             tensors[e.name] = leaf
         return tensors
 
@@ -162,9 +165,7 @@ class StackedLearner:
             for rows in passes(batches, 2 * self.group_tokens):
                 x = take(peers.x, rows)
                 tensors = {name: value.unsqueeze(0) for name, value in peers.common.items()}
-                tensors |= {
-                    e.name: x[:, e.start : e.stop].unflatten(1, e.shape) for e in peers.layout.entries
-                }
+                tensors |= {e.name: x[:, e.start : e.stop].view(len(x), *e.shape) for e in peers.layout.entries}
                 logits, losses = self.forward([batches[row] for row in rows], tensors)
                 for row, own, mean in zip(rows, logits.cpu(), losses.tolist(), strict=True):
                     labels = batches[row].labels

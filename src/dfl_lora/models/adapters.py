@@ -68,9 +68,9 @@ class Export:
         """Returns adapter_config.json: the base by id and digest, never by a path."""
         lora = self.placement.lora
         heads = {name.rpartition(".")[0] for name in (*self.placement.head, *self.head_bases)}
-        config = LoraConfig(
+        config: dict[str, Any] = LoraConfig(
             r=lora.r,
-            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
             target_modules=sorted(p for p in self.placement.modules if f"{p}.weight" not in self.head_bases),

@@ -1,4 +1,4 @@
-"""The frozen base: one Hugging Face model in memory, shared by all hosted peers. Safetensors only, never remote code."""
+"""The frozen base: one Hugging Face model in memory for all hosted peers. Safetensors only, never remote code."""
 
 import hashlib
 import logging
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import eager_mask
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from dfl_lora.errors import UserError
 from dfl_lora.streams import torch_stream
@@ -52,7 +53,7 @@ class Base:
 
 
 def locate(name_or_path: str, revision: str | None = None) -> Files:
-    """Finds a base model: a folder, the embedded all-MiniLM-L6-v2, or a hub name; raises where it has no safetensors."""
+    """Finds a base model: a folder, the embedded all-MiniLM-L6-v2, or a hub name; raises without safetensors."""
     path, name = Path(name_or_path).expanduser(), name_or_path
     if path.is_dir():
         name = path.resolve().name
@@ -96,7 +97,7 @@ def digest_of(files: list[Path]) -> str:
 
 
 def load_tokenizer(files: Files) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
 
 
 def max_tokens(files: Files) -> int:
@@ -129,7 +130,7 @@ def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dty
     for name, parameter in model.named_parameters():
         if name not in head or name.rpartition(".")[0] == "":
             parameter.data = parameter.data.to(dtype)
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return Base(model.eval().requires_grad_(False), model.base_model_prefix, files)
@@ -141,12 +142,16 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        if bars:
+            enable_progress_bar()
 
 
 def attend(

@@ -1,12 +1,10 @@
 """The page: reads the files of a run and writes report.html beside them."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dfl_lora.errors import UserError
+from dfl_lora.files import write_atomically
 from dfl_lora.report import figures
 from dfl_lora.report.figures import Array, Drawing, Record, number, per_peer
 
@@ -57,18 +56,8 @@ class Fact:
 
 def write_report(run: Path) -> Path:
     """Returns the path of report.html, written into the directory of a run from its other files."""
-    return write_atomically(run / "report.html", render(read_run(run)))
-
-
-def write_atomically(path: Path, text: str) -> Path:
-    """Returns the path, which holds the old text or the new one and never a part."""
-    part = path.with_name(f".{path.name}.{token_hex(8)}")
-    try:
-        with part.open("xb") as file:
-            file.write(text.encode("utf-8", errors="replace"))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    path = run / "report.html"
+    write_atomically(path, render(read_run(run)).encode("utf-8", errors="replace"))
     return path
 
 

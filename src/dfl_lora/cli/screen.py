@@ -1,0 +1,105 @@
+"""What a person sees of a run: a line for each round while it goes, a table at the end. The same goes to log.txt."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dfl_lora.build import Federation
+from dfl_lora.report.page import size
+from dfl_lora.rounds import Record
+from dfl_lora.simulate import Line, Start
+
+WIDTH = 120
+
+
+class Screen:
+    """Live on a terminal; only the beginning and the end where there is none; nothing at all if quiet."""
+
+    def __init__(self, run: Path, quiet: bool = False) -> None:
+        self.run = run
+        self.console = Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+        live = self.console.is_terminal and not quiet
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=self.console, disable=not live)
+        self.task = self.progress.add_task("rounds", total=None)
+        self.live = live
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Prints a line, where someone watches or `always`, and appends it to log.txt."""
+        if self.live or always:
+            self.console.print(text, markup=False)
+        with (self.run / "log.txt").open("a") as log:
+            log.write(f"{text}\n")
+
+    def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
+        recipe, graph = federation.recipe, federation.graph
+        self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
+        resumed = f", going on after round {len(lines)}" if lines else ""
+        self.say(
+            f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges), "
+            f"{recipe.method.schedule}, head {recipe.method.head}, {federation.peers.layout.size:,} numbers a peer, "
+            f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}{resumed}",
+            always=True,
+        )
+
+    def finished_round(self, record: Record, line: Line) -> None:
+        accuracy = line.get("accuracy")
+        scored = f"accuracy {accuracy['mean']:.3f} (worst {accuracy['min']:.3f})  " if accuracy else ""
+        self.say(
+            f"round {record.round:3d}  loss {number(line['loss']['mean'])}  {scored}"
+            f"disagreement {number(line['relative_disagreement'])}  "
+            f"consensus error {number(line['consensus_error'])}  sent {size(line['bytes_sent_per_peer'])} a peer  "
+            f"{line['seconds']['total']:.1f} s"
+        )
+        self.progress.update(self.task, completed=record.round)
+
+    def ended(self, summary: Mapping[str, Any], run: Path) -> None:
+        self.progress.stop()
+        table = comparison({summary["name"]: summary})
+        self.console.print(table)
+        with (self.run / "log.txt").open("a") as log:
+            Console(file=log, width=WIDTH).print(table)
+        self.say(f"report: {run / 'report.html'}", always=True)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns one table of several runs: accuracy mean and worst, the disagreements, bytes."""
+    table = Table(title=None)
+    table.add_column("run")
+    for name in ("accuracy mean", "95 % CI", "worst peer", "consensus model", "consensus error"):
+        table.add_column(name, justify="right")
+    for name in ("product disagreement", "bytes a peer", "seconds"):
+        table.add_column(name, justify="right")
+    for name, summary in summaries.items():
+        accuracy = summary["accuracy"]
+        table.add_row(
+            name,
+            f"{accuracy['mean']:.3f}",
+            f"± {accuracy['ci95']:.3f}",
+            f"{accuracy['min']:.3f}",
+            f"{accuracy['consensus']:.3f}",
+            number(summary["consensus_error"]),
+            number(summary["product_disagreement"]),
+            size(summary["bytes_sent_per_peer"]),
+            f"{summary['seconds']['total']:.0f}",
+        )
+    return table

@@ -1,0 +1,70 @@
+"""The seed's log, line by line, so that its users' parsers go on working. Clients count from 1."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dfl_lora.build import Federation
+from dfl_lora.rounds import Record
+from dfl_lora.simulate import Line, Start
+
+
+class SeedLog:
+    """Writes `time - INFO - line` to a file; a new run starts it anew, a resumed one appends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logger = logging.Logger("dfl_lora.seed", logging.INFO)
+        self.rounds = 0
+        self.differences: list[float] = []
+        self.accuracies: list[list[float]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handler in self.logger.handlers:
+            handler.close()
+
+    def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path, mode="a" if lines else "w")
+        handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
+        self.logger.addHandler(handler)
+        self.rounds = federation.recipe.train.rounds
+        self.accuracies = [[] for _ in federation.peers]
+        if start is not None:
+            self.differences.append(start.consensus_error)
+            self.append(start.accuracies)
+            for i, accuracy in enumerate(start.accuracies if not lines else (), 1):
+                self.logger.info("Initial accuracy of client %d: %s", i, accuracy)
+        for line in lines:
+            self.differences.append(line["consensus_error"])
+            self.append(line["accuracy"]["per_peer"] if "accuracy" in line else [])
+
+    def append(self, accuracies: Sequence[float]) -> None:
+        for history, accuracy in zip(self.accuracies, accuracies, strict=False):
+            history.append(accuracy)
+
+    def finished_round(self, record: Record, line: Line) -> None:
+        t, info = record.round, self.logger.info
+        info("Round %d/%d", t, self.rounds)
+        before = line.get("accuracy_before_mixing", {}).get("per_peer")
+        for number, progress in enumerate(record.progress.values()):
+            scored = f", Accuracy: {before[number]}" if before else ""
+            info("Client %d - Loss: %s%s", number + 1, progress.loss, scored)
+        info("Round %d - Parameter Difference: %s", t, line["consensus_error"])
+        self.differences.append(line["consensus_error"])
+        if "accuracy" in line:
+            self.append(line["accuracy"]["per_peer"])
+            for i, accuracy in enumerate(line["accuracy"]["per_peer"], 1):
+                info("Accuracy of client %d after round %d: %s", i, t, accuracy)
+        info("Parameter Difference record: %s", self.differences)
+        info("Accuracies after round %d: %s", t, self.accuracies)
+
+    def ended(self, summary: Mapping[str, Any], run: Path) -> None:
+        pass

@@ -1,0 +1,38 @@
+"""From a finished run to what others load: one adapter folder, or the base with it merged in."""
+
+import shutil
+from pathlib import Path
+from tempfile import mkdtemp
+
+from dfl_lora.errors import UserError
+from dfl_lora.models import adapters
+from dfl_lora.models.base import locate
+from dfl_lora.reading import load_recipe
+from dfl_lora.simulate import labels_of
+
+
+def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
+    """Writes adapter `name` of a run to a folder, which appears whole or not at all."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run directory: it has no recipe.yaml.")
+    source = run / "adapters" / name
+    if not source.is_dir():
+        there = sorted(f.name for f in (run / "adapters").glob("[cp]*")) if (run / "adapters").is_dir() else []
+        raise UserError(
+            f"{run} has no adapter {name}; it has {', '.join(there) or 'none yet: the run is not finished'}."
+        )
+    adapters.read_adapter(source)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(mkdtemp(dir=to.parent, prefix=f".{to.name}."))
+    partial.chmod(0o755)
+    try:
+        if merge:
+            recipe = load_recipe(run / "recipe.yaml")
+            adapters.merge(
+                source, locate(recipe.model.name_or_path, recipe.model.revision), len(labels_of(run)), partial
+            )
+        else:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+        adapters.replace_folder(partial, to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

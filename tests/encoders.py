@@ -33,6 +33,9 @@ from dfl_lora.peers import Peers
 from dfl_lora.schedules import Schedule, ever_trained
 from dfl_lora.streams import numpy_stream, torch_stream
 
+torch.set_num_threads(1)
+"""Products this small gain nothing from a second thread, and wait for it 60 times as long where others compute."""
+
 Family = Literal["bert", "roberta", "distilbert"]
 FAMILIES: tuple[Family, ...] = ("bert", "roberta", "distilbert")
 HIDDEN, INNER, BLOCKS, HEADS, POSITIONS, NUM_LABELS = 32, 64, 2, 4, 48, 3

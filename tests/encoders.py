@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -118,9 +119,9 @@ def token_rows(family: Family, lengths: Sequence[int], seed: int = 0) -> TokenSo
     return TokenSource(columns, offsets, tokens[offsets[:-1]].astype(np.int64) % NUM_LABELS, pads, POSITIONS - 2)
 
 
-def token_data(family: Family, sizes: Sequence[int], longest: int = 20, seed: int = 0) -> PeerData:
-    """Returns peers 0, 1, ... with the given numbers of rows, 3 to `longest` tokens each, and validation rows."""
-    drawn = numpy_stream(seed, "lengths").integers(3, longest + 1, sum(sizes) + 8)
+def token_data(family: Family, sizes: Sequence[int], lengths: tuple[int, int] = (3, 20), seed: int = 0) -> PeerData:
+    """Returns peers 0, 1, ... with the given numbers of rows, of a length in `lengths` each, and validation rows."""
+    drawn = numpy_stream(seed, "lengths").integers(lengths[0], lengths[1] + 1, sum(sizes) + 8)
     return shared_out(token_rows(family, drawn.tolist(), seed), sizes)
 
 
@@ -152,7 +153,7 @@ class Setting:
     """Of adapters and optimiser state."""
     memory: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         return place(self.base.model, self.base.prefix, self.lora)
 

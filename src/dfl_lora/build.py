@@ -81,7 +81,7 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
     memory = method.correction.memory
     peers = Peers(hosted, own, common, optimizer=OPTIMIZERS[recipe.train.optimizer].state, memory=memory)
-    export = Export.of(base.model, base.prefix, placement, files, data.labels) if files else None
+    export = Export.of(base, placement, data.labels) if files else None
     work = local_work(recipe)
     trainer: Learner
     if learner == "stacked":
@@ -174,7 +174,7 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     owners = [0] * len(everyone) if shared else list(hosted)
     paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
     tables = {i: sources.load_rows(path, data.config, data.train) for i, path in paths.items()}
-    names = max((tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items()), key=len)
+    names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
     parts = share_out(recipe, labels[0]) if shared else [np.arange(len(labels[i])) for i in owners]
     limit = min(recipe.task.max_length, bases.max_tokens(files))

@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: M
         "peers": list(peers.ids),
         "kept": dict(kept),
     }
-    write_atomically(folder / LATEST, json.dumps(latest, indent=1).encode())
+    write_atomically(folder / LATEST, json.dumps(latest | {"seal": seal_of(latest)}, indent=1).encode())
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
@@ -56,8 +56,9 @@ def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | Non
         return None
     try:
         latest = json.loads((folder / LATEST).read_text())
+        sealed = latest.pop("seal") == seal_of(latest)
         content = (folder / Path(latest["file"]).name).read_bytes()
-        intact = hashlib.sha256(content).hexdigest() == latest["sha256"]
+        intact = sealed and hashlib.sha256(content).hexdigest() == latest["sha256"]
         arrays = load(content) if intact else {}
         kept, round, recipe = dict(latest["kept"]), int(latest["round"]), latest["recipe_digest"]
         same_peers = latest["peers"] == list(peers.ids) and latest["layout_digest"] == peers.layout.digest
@@ -76,6 +77,11 @@ def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | Non
     for name, matrix in own.items():
         matrix.copy_(arrays[name])
     return Checkpoint(round, kept)
+
+
+def seal_of(latest: Mapping[str, Any]) -> str:
+    """Returns the sha256 of the canonical JSON of everything else in latest.json."""
+    return hashlib.sha256(json.dumps(latest, sort_keys=True).encode()).hexdigest()
 
 
 def damaged(folder: Path, why: str) -> UserError:

@@ -28,9 +28,7 @@ def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
     try:
         if merge:
             recipe = load_recipe(run / "recipe.yaml")
-            adapters.merge(
-                source, locate(recipe.model.name_or_path, recipe.model.revision), len(labels_of(run)), partial
-            )
+            adapters.merge(source, locate(recipe.model.name_or_path, recipe.model.revision), labels_of(run), partial)
         else:
             shutil.copytree(source, partial, dirs_exist_ok=True)
         adapters.replace_folder(partial, to)

@@ -9,13 +9,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.recipe import Recipe, named
+from dfl_lora.recipe import NAME, Recipe, named
 
 ALTERNATIVES = (
     {"train.local.steps", "train.local.epochs"},
     {"data.path", "data.per_peer"},
 )
 """Keys of which one drops the other when it is set."""
+BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int")
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -58,23 +59,27 @@ def set_key(content: dict[str, Any], key: str, value: object) -> None:
     inner = content
     for parent in parents:
         child = inner.get(parent)
-        child = named(child) if isinstance(child, str) else child
+        child = named(child) if isinstance(child, str) and NAME.fullmatch(child) else child
         inner[parent] = child if isinstance(child, dict) else {}
         inner = inner[parent]
     inner[last] = value
 
 
 def drop(content: dict[str, Any], path: Sequence[str]) -> None:
+    inner: object = content
     for parent in path[:-1]:
-        content = content.get(parent) or {}
-    content.pop(path[-1], None)
+        inner = inner.get(parent) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):
+        inner.pop(path[-1], None)
 
 
 def sentence(error: ValidationError) -> str:
     """Returns the first mistake as one sentence, with the nearest key or the allowed values."""
-    first = error.errors()[0]
-    place = ".".join(str(p) for p in first["loc"] if p != "literal['auto']")
-    more = f" ({error.error_count() - 1} more mistakes follow.)" if error.error_count() > 1 else ""
+    first, *others = error.errors()
+    place = place_of(first["loc"])
+    branches = [e["msg"] for e in others if place_of(e["loc"]) == place]
+    follow = len(others) - len(branches)
+    more = f" ({follow} more mistakes follow.)" if follow else ""
     if first["type"] == "extra_forbidden":
         fields = fields_at(first["loc"][:-1])
         hint = nearest(str(first["loc"][-1]), fields)
@@ -84,10 +89,16 @@ def sentence(error: ValidationError) -> str:
     if first["type"] == "literal_error":
         given = str(first["input"])
         allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
-        return f"{place} is '{given}'; allowed are {', '.join(allowed)}.{nearest(given, allowed)}{more}"
+        other = f" or a number ({'; '.join(branches)})" if branches else ""
+        return f"{place} is '{given}'; allowed are {', '.join(allowed)}{other}.{nearest(given, allowed)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" else f" (given: {first['input']!r})"
     return f"{place}: {message}{given}.{more}".replace("..", ".").replace("?.", "?")
+
+
+def place_of(loc: Sequence[str | int]) -> str:
+    """Returns the dotted key of a mistake, without pydantic's names for the branches of a union."""
+    return ".".join(str(part) for part in loc if not BRANCH.fullmatch(str(part)))
 
 
 def fields_at(loc: Sequence[str | int]) -> list[str]:

@@ -41,11 +41,14 @@ def expand(value: object) -> object:
 PathText = Annotated[str, BeforeValidator(expand)]
 
 
+NAME = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
 def named(value: object) -> object:
     """Reads a name with options, `dirichlet(alpha=0.1)`, as the mapping {kind: dirichlet, alpha: 0.1}."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", value, re.DOTALL)
+    match = NAME.fullmatch(value)
     if match is None:
         raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
     options = {}
@@ -328,4 +331,4 @@ class Recipe(Part):
 
 def is_path(validation: str) -> bool:
     """Tells a path or template from the name of a split."""
-    return any(mark in validation for mark in ("/", "\\", "{", ".")) or Path(validation).exists()
+    return any(mark in validation for mark in ("/", "\\", "{", "."))

@@ -29,7 +29,7 @@ from dfl_lora.networks import Network
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
 from dfl_lora.reading import load_recipe
-from dfl_lora.recipe import Compute, Recipe
+from dfl_lora.recipe import Recipe
 from dfl_lora.report.figures import half_width
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, Traffic, mix, rounds
@@ -104,19 +104,23 @@ def clear(run: Path) -> None:
 def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resume: bool, overwrite: bool) -> Line:
     """Runs a recipe to its end in directory `run` and returns the summary."""
     prepare(run, resume, overwrite)
-    if resume and (run / "recipe.yaml").exists():
-        recipe = recipe.model_copy(update={"compute": recorded_compute(run)})
-    federation = build(recipe)
+    recorded = load_recipe(run / "recipe.yaml") if resume and (run / "recipe.yaml").exists() else None
+    federation = build(recipe.model_copy(update={"compute": recorded.compute}) if recorded else recipe)
+    if recorded and recorded.digest != federation.digest:
+        raise UserError(
+            f"The run in {run} has another recipe (digest {str(recorded.digest)[:12]}, not {federation.digest[:12]}); "
+            "resume with the recipe it was started with, or start anew with --overwrite."
+        )
     run.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if not recorded:
         clear(run)
+        write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
     checkpoint = load_checkpoint(run / "checkpoint", federation.peers, federation.digest)
     done = checkpoint.round if checkpoint else 0
     lines = read_lines(run)[:done]
     if len(lines) < done:
         raise UserError(f"{run / 'rounds.jsonl'} has {len(lines)} rounds, the checkpoint {done}; use --overwrite.")
     write_atomically(run / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
     write_atomically(run / "partition.json", json.dumps(partition_facts(federation), indent=1).encode())
     simulation = Simulation(federation, run, observers, MemoryNetwork())
     if checkpoint is not None:
@@ -302,8 +306,3 @@ def read_lines(run: Path) -> list[Line]:
         except ValueError:
             break
     return lines
-
-
-def recorded_compute(run: Path) -> Compute:
-    """Returns how the machine computed when the run was started: a resumed run goes on the same way."""
-    return load_recipe(run / "recipe.yaml").compute

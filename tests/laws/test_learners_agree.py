@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoders import Family, Setting, distances, load, start_apart, token_data, toy_base, toy_data, write_encoder
+from datasets import Dataset
 
 from dfl_lora.build import build
+from dfl_lora.data.generator import sentences
 from dfl_lora.learners import Learner, Progress, Score
 from dfl_lora.learners.work import LocalWork, OptimizerName, Scheduler
 from dfl_lora.models.base import STREAM_ATTENTION
@@ -16,6 +17,7 @@ from dfl_lora.models.placement import Lora
 from dfl_lora.peers import STEPS, Peers
 from dfl_lora.reading import resolve
 from dfl_lora.schedules import SCHEDULES, Head
+from encoders import Family, Setting, distances, load, start_apart, token_data, toy_base, toy_data, write_encoder
 
 ROUNDS = 2
 APART = 0.02
@@ -153,19 +155,17 @@ def test_finished_peers_take_no_further_step(tmp_path: Path) -> None:
     assert [p.steps for p in together.progress[0].values()] == [5, 1, 3, 2]
 
 
-def test_on_the_embedded_encoder_both_learners_end_with_the_same_peers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DFL_LORA_CACHE", str(tmp_path))
+def test_on_the_embedded_encoder_both_learners_end_with_the_same_peers(tmp_path: Path) -> None:
+    Dataset.from_list(sentences("train", 64)).save_to_disk(tmp_path / "rows")
     recipe = resolve(
         {
             "model": {"name_or_path": "all-MiniLM-L6-v2"},
             "lora": {"r": 4, "lora_alpha": 32, "target_modules": ["query", "value"]},
-            "data": {"path": "builtin/sentences"},
+            "data": {"path": str(tmp_path / "rows")},
             "peers": {"num_peers": 2, "topology": "complete"},
             "train": {"rounds": 1, "local": {"steps": 2}, "batch_size": 8, "learning_rate": 2e-3},
-            "evaluate": {"rows": 32},
-            "compute": {"dtype": "float32"},
+            "evaluate": {"rows": 16},
+            "compute": {"dtype": "float32", "threads": 1},
         }
     )
     ends = []

@@ -5,6 +5,7 @@ Verbs import what they need when they run, so that --help loads no torch.
 
 import errno
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Add --debug to any command for the traceback of an error.",
 )
+INTERRUPTED = 130
+UsageError = typer.BadParameter.__base__ or typer.BadParameter
 app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("split")(data.split)
@@ -31,32 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [w for w in words if w != "--debug"]
+    words = [w for w in words if w != "--debug"] or ["--help"]
     try:
-        app(words, prog_name="dfl-lora")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        return complain("Interrupted; go on with --resume.", 130)
-    except UserError as error:
+        code = app(words, prog_name="dfl-lora", standalone_mode=False) or 0
+    except Exception as error:  # the border of the program
         if debug:
-            raise
-        return complain(str(error), 2)
-    except OSError as error:
-        if debug:
-            raise
-        full = error.errno == errno.ENOSPC
-        what = "The disk is full" if full else f"{error.strerror or error}"
-        return complain(f"{what}: {error.filename or 'a file of this run'}; free or name another place with --out.", 2)
-    except Exception as error:  # the border of the program: what is left is a failed run
-        if debug:
-            raise
-        return complain(f"The run failed with {type(error).__name__}: {error} Add --debug for the traceback.", 3)
-    return 0
+            traceback.print_exc()
+        return complain(*sentence(error))
+    return complain("Interrupted; go on with --resume.", code) if code == INTERRUPTED else int(code)
+
+
+def sentence(error: Exception) -> tuple[str, int]:
+    """Returns what to say of an error, and the exit code: 2 where the user can help it, else 3."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, UsageError):
+        command = getattr(getattr(error, "ctx", None), "command_path", "dfl-lora")
+        return f"{error.format_message()} See {command} --help.", 2  # type: ignore[attr-defined]
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+        place = getattr(error, "filename", None) or "a file could not be written"
+        return f"The disk is full: {place}; free some space or write to another place.", 2
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or 'a file'}; give another place.", 2
+    return f"The run failed with {type(error).__name__}: {error} Add --debug for the traceback.", 3
 
 
 def complain(message: str, code: int) -> int:
-    print(f"dfl-lora: {message}", file=sys.stderr)
+    print(f"dfl-lora: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

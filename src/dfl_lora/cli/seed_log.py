@@ -7,8 +7,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from dfl_lora.build import Federation
+from dfl_lora.errors import UserError
 from dfl_lora.rounds import Record
 from dfl_lora.simulate import Line, Start
+
+
+class Handler(logging.FileHandler):
+    """A file handler that does not swallow a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 class SeedLog:
@@ -22,6 +30,13 @@ class SeedLog:
         self.accuracies: list[list[float]] = []
 
     def __enter__(self) -> Self:
+        """Checks the place of the log before anything is written."""
+        folder = next(f for f in self.path.absolute().parents if f.exists())
+        if self.path.is_dir() or not folder.is_dir():
+            raise UserError(
+                f"--log_path is {self.path}, but {self.path if self.path.is_dir() else folder} is "
+                f"{'a directory' if self.path.is_dir() else 'a file'}; give a file in a folder."
+            )
         return self
 
     def __exit__(
@@ -32,7 +47,7 @@ class SeedLog:
 
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.path, mode="a" if lines else "w")
+        handler = Handler(self.path, mode="a" if lines else "w")
         handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
         self.logger.addHandler(handler)
         self.rounds = federation.recipe.train.rounds

@@ -27,7 +27,7 @@ def load_rows(path: str, config: str | None, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; each means that these rows are not to be had
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = " ".join(str(error).split()) or type(error).__name__
         which = f" (config {config})" if config else ""
         raise UserError(
             f"Cannot load data from '{path}'{which}: {detail} Give a folder, a .parquet, .csv or .jsonl file, "

@@ -9,11 +9,12 @@ import numpy as np
 from datasets import Dataset, load_from_disk
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from dfl_lora.data import partition
 from dfl_lora.data.sources import load_rows
-from dfl_lora.data.tasks import Columns, label_ids, label_names
+from dfl_lora.data.tasks import Columns, common_names, label_ids, label_names
 from dfl_lora.errors import UserError
 
 
@@ -68,7 +69,7 @@ def read_split(base: Path, num_clients: int, dataset: str) -> View:
     if dataset == "gsm8k":
         return View(("rows",), [[len(rows)] for rows in clients])
     columns, named = Columns(()), str(base)
-    names = max((label_names(rows, columns, named) for rows in clients), key=len)
+    names = common_names(label_names(rows, columns, named) for rows in clients)
     return View(names, partition.counts([label_ids(rows, columns, names, named) for rows in clients], len(names)))
 
 
@@ -86,7 +87,7 @@ def read_client(folder: Path) -> Dataset:
 
 def table(view: View) -> Table:
     """Returns the counts and the shares as a table."""
-    result = Table("client", *view.labels, "rows", "share")
+    result = Table("client", *map(escape, view.labels), "rows", "share")
     total = sum(map(sum, view.counts))
     for i, counts in enumerate(view.counts, 1):
         result.add_row(f"client_{i}", *map(str, counts), str(sum(counts)), f"{sum(counts) / total:.1%}")

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import TokenSource
@@ -44,7 +47,20 @@ def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
         return tuple(feature.names)
     if all(isinstance(v, str) for v in values):
         return tuple(sorted({str(v) for v in values}))
-    return tuple(str(i) for i in range(1 + max(int(v) for v in values if isinstance(v, int))))
+    numbers = [v for v in values if isinstance(v, int)]
+    if not numbers:
+        raise UserError(
+            f"Column '{columns.label}' of '{path}' holds no labels but {values[0]!r}; "
+            "labels are whole numbers from 0, names, or a ClassLabel."
+        )
+    return tuple(str(i) for i in range(1 + max(numbers)))
+
+
+def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Returns the label names of several tables: the longest, where it has all of them, else all in order."""
+    found = list(found)
+    longest, every = max(found, key=len), sorted({name for names in found for name in names})
+    return longest if set(every) <= set(longest) else tuple(every)
 
 
 def label_ids(
@@ -80,9 +96,11 @@ class Tokenization:
             json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()
         ).hexdigest()
         folder = cache_folder() / key
-        if not folder.is_dir():
+        arrays = read_arrays(folder)
+        if not arrays:
+            shutil.rmtree(folder, ignore_errors=True)
             self.write(folder, texts)
-        arrays = {f.stem: np.lib.format.open_memmap(f, mode="r") for f in sorted(folder.glob("*.npy"))}
+            arrays = read_arrays(folder)
         offsets = np.asarray(arrays.pop("offsets"))
         pads = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
         return TokenSource(arrays, offsets, labels, pads, self.max_length)
@@ -94,13 +112,29 @@ class Tokenization:
             *texts, truncation=True, max_length=self.max_length, return_attention_mask=False
         )
         partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        for name, values in tokens.items():
-            np.save(partial / f"{name}.npy", np.asarray([t for row in values for t in row], dtype=np.int32))
-        np.save(partial / "offsets.npy", np.cumsum([0, *map(len, tokens["input_ids"])], dtype=np.int64))
+        arrays: dict[str, NDArray[Any]] = {
+            name: np.asarray([t for row in rows for t in row], dtype=np.int32) for name, rows in tokens.items()
+        }
+        arrays["offsets"] = np.cumsum([0, *map(len, tokens["input_ids"])], dtype=np.int64)
         try:
+            for name, array in arrays.items():
+                content = BytesIO()
+                np.save(content, array)  # np.save to a full disk raises an error that does not say so
+                (partial / f"{name}.npy").write_bytes(content.getvalue())
             partial.rename(folder)
-        except OSError:  # another process wrote the same entry first
-            shutil.rmtree(partial)
+        except OSError:
+            if not folder.is_dir():  # else another process wrote the same entry first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_arrays(folder: Path) -> dict[str, np.memmap[Any, Any]]:
+    """Returns the memory-mapped columns of a cache entry; nothing where it is missing or damaged."""
+    try:
+        return {f.stem: np.lib.format.open_memmap(f, mode="r") for f in sorted(folder.glob("*.npy"))}
+    except (OSError, ValueError):
+        return {}
 
 
 def cache_folder() -> Path:

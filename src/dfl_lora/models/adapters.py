@@ -1,25 +1,27 @@
 """PEFT adapter folders out and in, and merging: what was trained is used with the tools everyone has.
 
 A head module that carries LoRA is written as the full weight W0 + s B A among modules_to_save, since its
-base weight is not part of the published base model. So are the heads that peers trained in full.
+base weight is not part of the published base model. So are the heads that peers trained in full, and what
+the base's file lacks of the encoder (a pooler) and the run seed gave.
 """
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from dfl_lora.errors import UserError
-from dfl_lora.models.base import Files, load_tokenizer, quiet
+from dfl_lora.models.base import Base, Files, load_tokenizer, quiet
 from dfl_lora.models.placement import Placement
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,45 +37,44 @@ class Export:
     model_class: str
     model_module: str
     labels: tuple[str, ...]
-    head_bases: Mapping[str, Tensor]
-    """Weights and biases of head modules that carry LoRA, by parameter name."""
+    fixed: Mapping[str, Tensor]
+    """Parameters that no peer trains and the published base lacks, by name: they travel with the adapter."""
 
     @staticmethod
-    def of(model: nn.Module, prefix: str, placement: Placement, files: Files, labels: tuple[str, ...]) -> "Export":
+    def of(base: Base, placement: Placement, labels: tuple[str, ...]) -> "Export":
         """Takes what is needed from a base model, before a learner changes its layers."""
-        carrying = [path for path in placement.modules if not path.startswith(f"{prefix}.")]
-        bases = {
-            f"{path}.{part}": parameter.detach().clone()
-            for path in carrying
-            for part, parameter in model.get_submodule(path).named_parameters(recurse=False)
+        assert base.files is not None
+        carrying = tuple(f"{path}." for path in placement.modules if not path.startswith(f"{base.prefix}."))
+        fixed = {
+            name: parameter.detach().clone()
+            for name, parameter in base.model.named_parameters()
+            if name not in placement.head and (name in base.drawn or name.startswith(carrying))
         }
-        return Export(placement, files, type(model).__name__, type(model).__module__, labels, bases)
+        kind = type(base.model)
+        return Export(placement, base.files, kind.__name__, kind.__module__, labels, fixed)
 
     def tensors(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns an adapter under PEFT's names, head modules folded."""
-        result, scaling = {}, self.placement.lora.scaling
+        """Returns an adapter under PEFT's names, LoRA folded into the modules that travel whole."""
+        result, scaling = dict(self.fixed), self.placement.lora.scaling
         for path in self.placement.modules:
             a, b = adapter[f"{path}.A"], adapter[f"{path}.B"]
-            if f"{path}.weight" in self.head_bases:
-                result[f"base_model.model.{path}.weight"] = self.head_bases[f"{path}.weight"] + scaling * b @ a
-                if f"{path}.bias" in self.head_bases:
-                    result[f"base_model.model.{path}.bias"] = self.head_bases[f"{path}.bias"]
+            if f"{path}.weight" in self.fixed:
+                result[f"{path}.weight"] = self.fixed[f"{path}.weight"] + scaling * b @ a
             else:
-                result[f"base_model.model.{path}.lora_A.weight"] = a
-                result[f"base_model.model.{path}.lora_B.weight"] = b
-        result |= {f"base_model.model.{name}": adapter[name] for name in self.placement.head}
-        return {name: value.detach().float().contiguous().cpu() for name, value in result.items()}
+                result |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        result |= {name: adapter[name] for name in self.placement.head}
+        return {f"base_model.model.{name}": value.detach().float().contiguous().cpu() for name, value in result.items()}
 
     def config(self) -> dict[str, Any]:
         """Returns adapter_config.json: the base by id and digest, never by a path."""
         lora = self.placement.lora
-        heads = {name.rpartition(".")[0] for name in (*self.placement.head, *self.head_bases)}
+        heads = {name.rpartition(".")[0] for name in (*self.placement.head, *self.fixed)}
         config: dict[str, Any] = LoraConfig(
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
-            target_modules=sorted(p for p in self.placement.modules if f"{p}.weight" not in self.head_bases),
+            target_modules=sorted(p for p in self.placement.modules if f"{p}.weight" not in self.fixed),
             modules_to_save=sorted(heads),
             base_model_name_or_path=self.files.name,
             revision=self.files.revision,
@@ -95,10 +96,13 @@ class Export:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         partial.chmod(0o755)
-        (partial / WEIGHTS).write_bytes(save(self.tensors(adapter), metadata={"format": "pt"}))
-        (partial / CONFIG).write_text(json.dumps(self.config(), indent=2, default=str))
-        (partial / "README.md").write_text(self.readme(whose))
-        replace_folder(partial, folder)
+        try:
+            (partial / WEIGHTS).write_bytes(save(self.tensors(adapter), metadata={"format": "pt"}))
+            (partial / CONFIG).write_text(json.dumps(self.config(), indent=2, default=str))
+            (partial / "README.md").write_text(self.readme(whose))
+            replace_folder(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def readme(self, whose: str) -> str:
         base, labels = self.files.name, len(self.labels)
@@ -118,9 +122,10 @@ def replace_folder(partial: Path, folder: Path) -> None:
         old = partial.with_name(f"{partial.name}.old")
         folder.rename(old)
         partial.rename(folder)
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
     else:
         partial.rename(folder)
 
@@ -128,10 +133,13 @@ def replace_folder(partial: Path, folder: Path) -> None:
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the configuration and the tensors of an adapter folder; raises where it is missing or damaged."""
     try:
-        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text())
+        if not isinstance(config, dict) or not isinstance(config.get("auto_mapping") or {}, dict):
+            raise ValueError(f"{CONFIG} is not the configuration of an adapter")
+        return config, load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise UserError(f"{folder} is not an adapter folder: it needs {CONFIG} and {WEIGHTS}.") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"The adapter in {folder} is damaged ({error}); export it again.") from None
 
 
@@ -145,13 +153,28 @@ def check_base(config: Mapping[str, Any], files: Files, folder: Path) -> None:
         )
 
 
-def merge(adapter: Path, files: Files, num_labels: int, to: Path) -> None:
+def merge(adapter: Path, files: Files, labels: Sequence[str], to: Path) -> None:
     """Writes the base with an adapter folder merged in, as a model folder with its tokenizer."""
-    check_base(read_adapter(adapter)[0], files, adapter)
+    config, tensors = read_adapter(adapter)
+    check_base(config, files, adapter)
     with quiet():
         base = AutoModelForSequenceClassification.from_pretrained(
-            files.path, num_labels=num_labels, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            files.path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
         )
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(to, safe_serialization=True)
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter))
+        except RuntimeError as error:
+            raise UserError(f"The adapter in {adapter} is damaged ({error}); export it again.") from None
+        apart = sorted(set(get_peft_model_state_dict(model)) ^ set(tensors))
+        if apart:
+            raise UserError(f"The adapter in {adapter} is damaged (its tensors differ in {apart[0]}); export it again.")
+        merged = model.merge_and_unload()
+        merged.save_pretrained(to, safe_serialization=True)
     load_tokenizer(files).save_pretrained(to)

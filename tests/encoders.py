@@ -166,12 +166,16 @@ class Setting:
 
     def stacked(self, group_tokens: int = 4096) -> StackedLearner:
         """Returns the stacked learner over a copy of the base."""
-        work = replace(self.work, lora_dropout=self.lora.lora_dropout)
-        return StackedLearner(deepcopy(self.base.model), self.data, work, self.lora.scaling, group_tokens)
+        return StackedLearner(deepcopy(self.base.model), self.data, self.dropping, self.lora.scaling, group_tokens)
 
     def sequential(self) -> SequentialLearner:
         """Returns plain PEFT over a copy of the base."""
-        return SequentialLearner(deepcopy(self.base.model), self.placement, self.data, self.work)
+        return SequentialLearner(deepcopy(self.base.model), self.placement, self.data, self.dropping)
+
+    @property
+    def dropping(self) -> LocalWork:
+        """The local work with the dropout of the adapters."""
+        return replace(self.work, lora_dropout=self.lora.lora_dropout)
 
 
 def toy_base(dtype: torch.dtype = torch.float64) -> Base:

@@ -27,7 +27,6 @@ from dfl_lora.streams import numpy_stream, torch_stream
 
 CONSENSUS = -1
 TOY, TOY_DATA, TOY_INPUTS, TOY_LABELS, TOY_ROWS = "toy", "builtin/toy", 8, 3, 1400
-LEARNERS = ("stacked", "sequential")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Federation:
 
 def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
     """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
-    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute)})
+    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner)})
     torch.set_num_threads(int(recipe.compute.threads))
     graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
@@ -92,9 +91,12 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
 
 
-def resolve_compute(compute: Compute) -> Compute:
+def resolve_compute(compute: Compute, learner: str) -> Compute:
     """Returns how this machine computes, by a fixed rule of processor and precision, never by a timing."""
+    if learner == "sequential" and compute.dtype == "bfloat16":
+        raise UserError("The sequential learner is the reference in float32; set compute.dtype to float32 or auto.")
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = native and learner == "stacked"
     dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
     attention = ("eager" if dtype == "bfloat16" else "sdpa") if compute.attention == "auto" else compute.attention
     return Compute(

@@ -45,8 +45,8 @@ def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: M
         "kept": dict(kept),
     }
     write_atomically(folder / LATEST, json.dumps(latest | {"seal": seal_of(latest)}, indent=1).encode())
-    for old in folder.glob("state-*.safetensors"):
-        if old.name != name:
+    for old in folder.iterdir():  # older states, and what a killed process had not finished
+        if old.name not in (name, LATEST):
             old.unlink()
 
 

@@ -51,7 +51,7 @@ class SequentialLearner:
         self.current = Pass()
         for name, module in list(self.peft.named_modules()):
             if isinstance(module, nn.Dropout):
-                p = lora.lora_dropout if ".lora_dropout." in name else module.p * self.work.base_dropout
+                p = self.work.lora_dropout if ".lora_dropout." in name else module.p * self.work.base_dropout
                 parent, _, child = name.rpartition(".")
                 setattr(self.peft.get_submodule(parent), child, StreamDropout(p, self.current))
         self.parameters = {name: self.peft.get_parameter(self.path_of(name)) for name in self.placement.layout.by_name}
@@ -95,7 +95,7 @@ class SequentialLearner:
             tokens += batch.tokens
         self.save(peer, optimizer, trained)
         if "gradient_mean" in peer.memory:
-            peer.memory["gradient_mean"].flat.div_(steps)
+            peer.memory["gradient_mean"].flat.div_(max(steps - skipped, 1))
         return Progress(total / steps, steps, tokens, skipped)
 
     def optimizer(self, peer: Peer, trained: Mapping[str, Role]) -> torch.optim.Optimizer:

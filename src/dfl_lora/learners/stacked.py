@@ -70,7 +70,8 @@ class StackedLearner:
                 rates = [self.work.learning_rate_at(round, s, steps[row]) for row in rows]
                 self.step(peers, rows, [batches[row] for row in rows], phase, rates, tallies)
         if means is not None:
-            means.div_(torch.tensor(steps, dtype=means.dtype, device=means.device).unsqueeze(1))
+            given = torch.tensor([max(tally.steps - tally.skipped, 1) for tally in tallies])
+            means.div_(given.to(means).unsqueeze(1))
         return {i: tally.progress() for i, tally in zip(peers.ids, tallies, strict=True)}
 
     def next_batch(self, peers: Peers, row: int) -> Batch:

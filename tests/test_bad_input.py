@@ -184,6 +184,19 @@ def two_clients_of_three(g: Ground) -> list[object]:
     return g.text("data.per_peer=client_{i}.csv")
 
 
+LLAMA = '{"model_type": "llama", "max_position_embeddings": 64}'
+
+
+def base_with(g: Ground, name: str, content: str | None) -> Path:
+    """Returns a copy of the base model in which one file is other, or missing along with the tokenizer's others."""
+    base = Path(shutil.copytree(g.model, g.here / "base"))
+    (base / "tokenizer_config.json").unlink(missing_ok=True)
+    (base / name).unlink()
+    if content is not None:
+        (base / name).write_text(content)
+    return base
+
+
 def a_client_without_rows(g: Ground) -> list[object]:
     shutil.copy(g.rows / "client_1.csv", g.here)
     g.file("client_2.csv", "sentence,label")
@@ -386,7 +399,36 @@ RUNS = {
         resumed(lambda run: (run / "checkpoint/state-000002.safetensors").unlink()), "damaged", "--overwrite"
     ),
     "fewer lines than the checkpoint has rounds": case(
-        resumed(lambda run: (run / "rounds.jsonl").write_text("{}\n{")), "rounds.jsonl", "1 rounds", "2", "--overwrite"
+        resumed(lambda run: (run / "rounds.jsonl").write_text('{"round": 1}\n{')),
+        "rounds.jsonl", "1 rounds", "2", "--overwrite",
+    ),
+    "lines of rounds that are none": case(
+        resumed(lambda run: (run / "rounds.jsonl").write_bytes(b"[1]\n\xff\xfe\n3")),
+        "rounds.jsonl", "0 rounds", "--overwrite",
+    ),
+    "edges inline that are not connected": case(
+        lambda g: g.toy("peers.num_peers=4", "peers.topology=edges(edges=[[0,1],[2,3]])"), "disconnected"
+    ),
+    "a name with an option that is none": case(
+        lambda g: g.toy("peers.topology=ring(3)", "peers.topology.kind=ring"), "'3'", "ring(option=value)"
+    ),
+    "a learning rate without end": case(lambda g: g.toy("train.learning_rate=.inf"), "learning_rate", "finite"),
+    "rows too short for any word": case(lambda g: g.text("task.max_length=2"), "max_length", "special tokens"),
+    "a base without a tokenizer": case(
+        lambda g: g.text(f"model.name_or_path={base_with(g, 'tokenizer.json', None)}"), "no tokenizer"
+    ),
+    "a base with damaged weights": case(
+        lambda g: g.text(f"model.name_or_path={base_with(g, 'model.safetensors', 'xxxx')}"), "cannot be read"
+    ),
+    "a base with a damaged tokenizer": case(
+        lambda g: g.text(f"model.name_or_path={base_with(g, 'tokenizer.json', '{')}"), "cannot be read"
+    ),
+    "a base of another family": case(
+        lambda g: g.text(f"model.name_or_path={base_with(g, 'config.json', LLAMA)}"), "llama", "distilbert"
+    ),
+    "an export over a folder that is none": case(
+        lambda g: ["export", g.text_run, "--consensus", "--overwrite", "--to", g.file("mine/notes.txt", "a").parent],
+        "not overwritten", "--to",
     ),
     "a run whose recipe is damaged": case(
         resumed(lambda run: (run / "recipe.yaml").write_text("{")), "recipe.yaml", "not readable YAML"

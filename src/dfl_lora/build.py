@@ -21,11 +21,10 @@ from dfl_lora.models.adapters import Export
 from dfl_lora.models.placement import Lora, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.peers import Peers
-from dfl_lora.recipe import Compute, Recipe, is_path
+from dfl_lora.recipe import Compute, Partition, Recipe, is_path
 from dfl_lora.rounds import Method
 from dfl_lora.streams import numpy_stream, torch_stream
 
-CONSENSUS = -1
 TOY, TOY_DATA, TOY_INPUTS, TOY_LABELS, TOY_ROWS = "toy", "builtin/toy", 8, 3, 1400
 
 
@@ -172,15 +171,28 @@ def text_columns(recipe: Recipe) -> tasks.Columns:
 def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
     """Loads, tokenises and shares out the rows of a text task."""
     data, columns = recipe.data, text_columns(recipe)
+    if data.per_peer is not None and data.partition != Partition():
+        raise UserError(
+            "data.partition has no effect with data.per_peer, where each peer has its own rows; remove one."
+        )
     shared, everyone = data.per_peer is None, range(recipe.peers.num_peers)
     owners = [0] * len(everyone) if shared else list(hosted)
     paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
     tables = {i: sources.load_rows(path, data.config, data.train) for i, path in paths.items()}
+    everywhere = shared or len(owners) == len(everyone)
+    if not everywhere and not all(tasks.fixed_names(rows, columns) for rows in tables.values()):
+        raise UserError(
+            "Peers in several processes must agree on the labels, and their own rows do not say all of them; "
+            "give task.name, or a ClassLabel column."
+        )
     names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
     parts = share_out(recipe, labels[0]) if shared else [np.arange(len(labels[i])) for i in owners]
-    limit = min(recipe.task.max_length, bases.max_tokens(files))
-    tokens = tasks.Tokenization(bases.load_tokenizer(files), files.tokenizer, limit, recipe.task.truncation_side)
+    tokenizer, limit = bases.load_tokenizer(files), min(recipe.task.max_length, bases.max_tokens(files))
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns.text) == 2)
+    if limit <= special + 1:
+        raise UserError(f"task.max_length {limit} leaves no room beside {special} special tokens; use a larger one.")
+    tokens = tasks.Tokenization(tokenizer, files.tokenizer, limit, recipe.task.truncation_side)
     read = {i: tokens.source(rows, columns, names, paths[i]) for i, rows in tables.items()}
     shards = {
         i: Shard(read[owner], rows)
@@ -188,7 +200,7 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     }
     train = {i: shards[i] for i in hosted}
     counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
-    return Data(PeerData(train, validation_shards(recipe, tokens, columns, names, [*train, CONSENSUS])), names, counts)
+    return Data(PeerData(train, validation_shards(recipe, tokens, columns, names, train)), names, counts)
 
 
 def share_out(recipe: Recipe, labels: NDArray[np.int64]) -> list[Rows]:
@@ -203,23 +215,23 @@ def share_out(recipe: Recipe, labels: NDArray[np.int64]) -> list[Rows]:
 def validation_shards(
     recipe: Recipe, tokens: tasks.Tokenization, columns: tasks.Columns, names: tuple[str, ...], ids: Iterable[int]
 ) -> dict[int, Shard]:
-    """Returns each peer's validation rows: one table for all, or a table of its own; the consensus reads peer 0's."""
+    """Returns each peer's validation rows: one table for all, or a table of its own."""
     data, loaded = recipe.data, dict[str, Source]()
     shards = {}
     for i in ids:
         if is_path(data.validation):
-            path, split_name, config = sources.peer_path(data.validation, max(i, 0)), "validation", None
+            path, split_name, config = sources.peer_path(data.validation, i), "validation", None
         else:
             path, split_name, config = str(data.path), data.validation, data.config
         if path not in loaded:
             loaded[path] = tokens.source(sources.load_rows(path, config, split_name), columns, names, path)
-        shards[i] = evaluation_shard(recipe, loaded[path])
+        source = loaded[path]
+        shards[i] = evaluation_shard(recipe, source, np.arange(len(source.lengths)))
     return shards
 
 
-def evaluation_shard(recipe: Recipe, source: Source) -> Shard:
-    """Returns the rows to evaluate on: all, or `evaluate.rows` of them drawn once."""
-    rows = np.arange(len(source.lengths))
+def evaluation_shard(recipe: Recipe, source: Source, rows: Rows) -> Shard:
+    """Returns the rows to evaluate on: all of `rows`, or `evaluate.rows` of them drawn once."""
     if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
         rows = np.sort(numpy_stream(recipe.train.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
     return Shard(source, rows)
@@ -234,7 +246,7 @@ def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
     held_out, rows = np.arange(400), np.arange(400, TOY_ROWS)
     labels = source.labels.numpy()
     parts = [rows[part] for part in share_out(recipe, labels[rows])]
-    shards = {i: Shard(source, held_out) for i in (*hosted, CONSENSUS)}
+    shards = {i: evaluation_shard(recipe, source, held_out) for i in hosted}
     train = {i: Shard(source, parts[i]) for i in hosted}
     names = tuple(str(i) for i in range(TOY_LABELS))
     return Data(PeerData(train, shards), names, partition.counts([labels[p] for p in parts], TOY_LABELS))

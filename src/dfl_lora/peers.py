@@ -92,7 +92,7 @@ class Peers(Sequence[Peer]):
         named |= {f"memory.{k}": v for k, v in self.memory.items()}
         return {"x": self.x, "counters": self.counters, **named}
 
-    def consensus(self) -> "Peers":
-        """Returns one peer, id -1, at the mean of all: what the federation agreed on."""
+    def consensus(self, ids: Iterable[int] = (-1,)) -> "Peers":
+        """Returns a peer (or several, with these ids) at the mean of all: what the federation agreed on."""
         mean = Tensors(self.x.mean(0, dtype=torch.float64).to(self.x.dtype), self.layout)
-        return Peers([-1], mean, self.common)
+        return Peers(ids, mean, self.common)

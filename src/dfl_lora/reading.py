@@ -42,6 +42,8 @@ def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str =
             set_key(content, key.strip(), yaml.safe_load(text))
         except yaml.YAMLError:
             raise UserError(f"--set {setting}: '{text}' is not a YAML value.") from None
+        except ValueError as error:
+            raise UserError(f"--set {setting}: {error}.") from None
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -93,7 +95,8 @@ def sentence(error: ValidationError) -> str:
         return f"{place} is '{given}'; allowed are {', '.join(allowed)}{other}.{nearest(given, allowed)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" else f" (given: {first['input']!r})"
-    return f"{place}: {message}{given}.{more}".replace("..", ".").replace("?.", "?")
+    end = "" if not given and message.endswith((".", "?")) else "."
+    return f"{place}: {message}{given}{end}{more}"
 
 
 def place_of(loc: Sequence[str | int]) -> str:

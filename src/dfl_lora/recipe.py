@@ -51,12 +51,14 @@ def named(value: object) -> object:
     match = NAME.fullmatch(value)
     if match is None:
         raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
-    options = {}
-    for pair in filter(None, (p.strip() for p in (match.group(2) or "").split(","))):
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"'{pair}' in '{value}' is not an option; write {match.group(1)}(option=value)")
-        options[key.strip()] = yaml.safe_load(text)
+    text, how = match.group(2) or "", f"write {match.group(1)}(option=value)"
+    try:
+        options: dict[object, object] = yaml.safe_load("{" + re.sub(r"([\w-]+)\s*=\s*", r"\1: ", text) + "}")
+    except yaml.YAMLError:
+        raise ValueError(f"'{text}' in '{value}' are no options; {how}") from None
+    for key in options:
+        if not re.search(rf"\b{re.escape(str(key))}\s*=", text):
+            raise ValueError(f"'{key}' in '{value}' is not an option; {how}")
     return {"kind": match.group(1), **options}
 
 
@@ -246,7 +248,7 @@ class Train(Part):
     """Rows of a local step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Its state stays with the peer across rounds."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0e-3
     """At the start."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Decays end at 2 % of learning_rate."""

@@ -18,9 +18,10 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 
 from dfl_lora import measures, mixing
-from dfl_lora.build import CONSENSUS, Federation, build
+from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
@@ -130,6 +131,10 @@ def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resu
     for observer in observers:
         observer.started(federation, lines, simulation.start)
     simulation.go(done, lines)
+    if not torch.isfinite(federation.peers.x).all(1).any():
+        raise RuntimeError(
+            "every peer's adapter became non-finite; lower train.learning_rate or set train.max_grad_norm."
+        )
     summary = simulation.summary(lines)
     simulation.write_adapters()
     write_atomically(run / "summary.json", json.dumps(summary, indent=1).encode())
@@ -201,7 +206,7 @@ class Simulation:
         """Returns the end of the run, from its lines and one evaluation of the consensus."""
         f, last = self.federation, lines[-1]
         with self.clock("evaluate"):
-            agreed = f.learner.evaluate(f.peers.consensus())[CONSENSUS].accuracy
+            agreed = self.consensus_accuracy()
         seconds = {part: sum(line["seconds"][part] for line in lines) for part in last["seconds"]}
         tokens = sum(line["tokens"] for line in lines)
         return {
@@ -219,6 +224,13 @@ class Simulation:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "versions": versions(),
         }
+
+    def consensus_accuracy(self) -> float:
+        """Returns the accuracy of the mean of all peers, on every validation table there is."""
+        f = self.federation
+        tables = {id(f.data.peers.validation[i].source): i for i in reversed(f.peers.ids)}
+        scores = f.learner.evaluate(f.peers.consensus(sorted(tables.values()))).values()
+        return sum(score.accuracy * score.rows for score in scores) / sum(score.rows for score in scores)
 
     def write_adapters(self) -> None:
         """Writes PEFT folders of the consensus and, unless there are very many, of every peer."""
@@ -299,10 +311,13 @@ def read_lines(run: Path) -> list[Line]:
     path = run / "rounds.jsonl"
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
+    lines = list[Line]()
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(cast(Line, json.loads(text)))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or line.get("round") != len(lines) + 1:
+            break
+        lines.append(line)
     return lines

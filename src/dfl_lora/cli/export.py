@@ -22,6 +22,11 @@ def export(
         raise UserError("Say which adapter: give exactly one of --peer K and --consensus.")
     if to.exists() and not overwrite:
         raise UserError(f"{to} exists; give another folder with --to, or use --overwrite.")
+    ours = (to / "adapter_config.json").is_file() or (to / "config.json").is_file()
+    if to.exists() and (not ours or (to / "recipe.yaml").exists()):
+        raise UserError(
+            f"{to} is no exported adapter or model, so it is not overwritten; give another folder with --to."
+        )
     from dfl_lora.exports import export_run
 
     export_run(run, "consensus" if peer is None else f"peer-{peer:03d}", to, merge)

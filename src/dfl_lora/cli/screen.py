@@ -84,7 +84,7 @@ def number(value: float | None) -> str:
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns one table of several runs: accuracy mean and worst, the disagreements, bytes."""
     table = Table(title=None)
-    table.add_column("run")
+    table.add_column("run", no_wrap=True, min_width=max(map(len, summaries)))
     for name in ("accuracy mean", "95 % CI", "worst peer", "consensus model", "consensus error"):
         table.add_column(name, justify="right")
     for name in ("product disagreement", "bytes a peer", "seconds"):

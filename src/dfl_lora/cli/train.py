@@ -49,7 +49,9 @@ def train(
     template = dataset_path_template
     if "{i}" not in template and "{}" not in template:
         raise UserError(f"--dataset_path_template is '{template}'; put {{i}} or {{}} where the client's number stands.")
-    content = recipe_of(model_checkpoint, template, val_dataset_path_template, num_clients, lora_r, lora_alpha)
+    validation = val_dataset_path_template  # a bare name is a folder here, not a split
+    validation = validation if "/" in validation else f"./{validation}"
+    content = recipe_of(model_checkpoint, template, validation, num_clients, lora_r, lora_alpha)
     content["name"] = f"{dataset_type}-{training_type}-{name.partition('(')[0]}"
     content["lora"]["target_modules"] = targets(target_modules)
     content["task"]["name"] = dataset_type

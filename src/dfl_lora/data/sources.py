@@ -1,10 +1,11 @@
 """Where rows come from: the built-in generator, files, folders (also save_to_disk), and hub names."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, ReadInstruction, load_dataset, load_from_disk
 
 from dfl_lora.data.generator import sentences
 from dfl_lora.errors import UserError, nearest
@@ -47,13 +48,23 @@ def read(place: Path, config: str | None) -> Dataset | Mapping[str, Dataset]:
     return load_dataset(str(place), config)
 
 
+SLICE = re.compile(r"([^\[\]]+)(\[.*\])?")
+
+
 def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Dataset:
-    """Returns the split of a dictionary of splits, or the table where there is only one."""
-    if isinstance(loaded, Dataset):
-        return loaded
-    if split in loaded:
-        return loaded[split]
-    raise UserError(f"'{path}' has no split '{split}'; it has {', '.join(loaded)}.{nearest(split, loaded)}")
+    """Returns the split of a dictionary of splits, or the table where there is only one; `train[:1000]` is a slice."""
+    match = SLICE.fullmatch(split)
+    name = match.group(1) if match else split
+    if not isinstance(loaded, Dataset) and name not in loaded:
+        raise UserError(f"'{path}' has no split '{name}'; it has {', '.join(loaded)}.{nearest(name, loaded)}")
+    rows = loaded if isinstance(loaded, Dataset) else loaded[name]
+    if match is None or match.group(2) is None:
+        return rows
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"'{split}' is no slice of the {len(rows)} rows of '{path}': {error}.") from None
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
 def peer_path(template: str, peer: int) -> str:

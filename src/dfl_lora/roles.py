@@ -1,0 +1,7 @@
+"""Roles: what a tensor of an adapter is. Schedules, layouts and counters speak of roles, never of names."""
+
+from typing import Literal
+
+Role = Literal["A", "B", "head"]
+ROLES: tuple[Role, ...] = ("A", "B", "head")
+Roles = frozenset[Role]

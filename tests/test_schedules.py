@@ -2,8 +2,8 @@
 
 import pytest
 
+from dfl_lora.roles import Role, Roles
 from dfl_lora.schedules import SCHEDULES, Head, Phase, ever_trained
-from dfl_lora.tensors import Role, Roles
 
 
 def roles(*names: Role) -> Roles:
@@ -20,6 +20,9 @@ def roles(*names: Role) -> Roles:
         ("freeze_a", "shared", roles("B", "head"), roles("B", "head")),
         ("freeze_a", "private", roles("B", "head"), roles("B")),
         ("freeze_a", "frozen", roles("B"), roles("B")),
+        ("share_a", "shared", roles("A", "B", "head"), roles("A", "head")),
+        ("share_a", "private", roles("A", "B", "head"), roles("A")),
+        ("share_a", "frozen", roles("A", "B"), roles("A")),
     ],
 )
 def test_a_schedule_trains_and_shares_what_its_name_says(
@@ -54,3 +57,19 @@ def test_ever_trained_counts_the_last_round_as_the_loop_numbers_them() -> None:
 
 def test_a_run_of_no_rounds_still_has_something_to_train() -> None:
     assert ever_trained(SCHEDULES["lora"]("frozen"), 0) == {"A", "B"}
+
+
+@pytest.mark.parametrize("mix", ["both", "trained"])
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_alternating_trains_b_alone_for_a_period_then_a_alone(period: int, mix: str) -> None:
+    schedule = SCHEDULES["alternating"]("private", period=period, mix=mix)
+    for t in range(1, 4 * period + 1):
+        factor = roles("B") if (t - 1) // period in (0, 2) else roles("A")
+        assert schedule(t) == Phase(t, factor | {"head"}, roles("A", "B") if mix == "both" else factor)
+
+
+def test_alternating_shares_the_head_in_every_phase_unless_told_otherwise() -> None:
+    for head, held in (("shared", True), ("private", False), ("frozen", False)):
+        schedule = SCHEDULES["alternating"](head)
+        assert {"head" in schedule(t).shared for t in range(1, 5)} == {held}
+        assert {"head" in schedule(t).trained for t in range(1, 5)} == {head != "frozen"}

@@ -6,7 +6,8 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from dfl_lora.tensors import ROLES, Entry, Layout, Role, Tensors
+from dfl_lora.roles import ROLES, Role
+from dfl_lora.tensors import Entry, Layout, Tensors
 
 SHAPES: dict[str, tuple[Role, tuple[int, ...]]] = {
     "head": ("head", (2, 3)),

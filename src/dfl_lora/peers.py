@@ -12,7 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from dfl_lora.tensors import ROLES, Layout, Tensors
+from dfl_lora.roles import ROLES
+from dfl_lora.tensors import Layout, Tensors
 
 STEPS = len(ROLES)
 """counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""

@@ -6,7 +6,7 @@ learner and the network are the only things that differ.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -18,6 +18,7 @@ from dfl_lora.learners import Learner, Progress
 from dfl_lora.mixers import MIXERS, Mixer, Values
 from dfl_lora.mixing import Mixing, metropolis
 from dfl_lora.networks import Network
+from dfl_lora.participation import Absence, nobody
 from dfl_lora.peers import Peers
 from dfl_lora.schedules import Phase, Schedule
 
@@ -31,6 +32,7 @@ class Method:
 
     schedule: Schedule
     topology: Topology
+    absence: Absence = nobody
     mixing: Mixing = metropolis
     correction: Correction = CORRECTIONS["none"]
     mixer: Mixer = MIXERS["plain"]
@@ -77,7 +79,7 @@ def rounds(
 ) -> Iterator[Record]:
     """Yields a record for each round from `first` on; `before` and `after` measure on either side of mixing."""
     for t in count(first):
-        phase, graph = method.schedule(t), method.topology(t)
+        phase, graph = replace(method.schedule(t), absent=method.absence(t)), method.topology(t)
         with clock("train"):
             progress = learner.train(peers, phase, t)
         trained = before(t, peers)
@@ -88,14 +90,15 @@ def rounds(
 
 def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, network: Network) -> Traffic:
     """Sends, combines and takes in what the phase shares, in place; returns what it cost."""
-    traffic, hosted = Traffic(), {p.id: p for p in peers}
+    traffic, hosted = Traffic(), {p.id: p for p in peers if p.id not in phase.absent}
+    edges = graph.among(frozenset(range(graph.num_peers)) - phase.absent) if phase.absent else graph
 
     def exchange(values: Values, k: int) -> Values:
         frames = {i: method.codec.encode(v, hosted[i].memory) for i, v in values.items()}
-        traffic.messages += sum(graph.degree(i) for i in frames)
-        traffic.bytes += sum(frame.num_bytes * graph.degree(i) for i, frame in frames.items())
+        traffic.messages += sum(edges.degree(i) for i in frames)
+        traffic.bytes += sum(frame.num_bytes * edges.degree(i) for i, frame in frames.items())
         combined = {}
-        for i, arrived in network.exchange(t, k, graph, frames).items():
+        for i, arrived in network.exchange(t, k, edges, frames).items():
             own = values[i]
             decoded = {j: None if f is None else method.codec.decode(f, own) for j, f in arrived.items()}
             sent = method.codec.decode(frames[i], own) or own

@@ -1,9 +1,13 @@
 """Schedules: what is trained and what is shared in a round.
 
-lora     trains and shares A, B and the head; the mean of the products BA moves when A and B are
-         averaged apart (cross terms).
-freeze_a DFL-LoRA (ConLoRA, FFA-LoRA arXiv 2403.12313): A is drawn once from the run seed and never
-         trained, so sum_j w_ij (B_j A) = (sum_j w_ij B_j) A holds exactly.
+lora         trains and shares A, B and the head; the mean of the products BA moves when A and B are
+             averaged apart (cross terms).
+freeze_a     DFL-LoRA (ConLoRA, FFA-LoRA arXiv 2403.12313): A is drawn once from the run seed and never
+             trained, so sum_j w_ij (B_j A) = (sum_j w_ij B_j) A holds exactly.
+alternating  phases of `period` rounds train B alone, then A alone (B first: while B = 0, A has no gradient).
+             mix=both shares both factors in every round (ADF arXiv 2511.18291, TAD arXiv 2602.00451);
+             mix=trained only the one that is trained (RoLoRA arXiv 2502.01755): without a server the other drifts.
+share_a      FedSA: both factors are trained, A alone is shared; B stays with its peer.
 The head is shared (trained and mixed), private (trained, never leaves) or frozen.
 """
 
@@ -11,42 +15,65 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from dfl_lora.tensors import Roles
+from dfl_lora.choices import Positive
+from dfl_lora.roles import Roles
 
 Head = Literal["shared", "private", "frozen"]
+A, B = Roles({"A"}), Roles({"B"})
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What happens to which roles in one round."""
+    """What happens to which roles in one round, and who is absent: neither steps nor exchanges."""
 
     round: int
     trained: Roles
     shared: Roles
+    absent: frozenset[int] = frozenset()
 
 
 Schedule = Callable[[int], Phase]
 
 
-def of(factors: Roles, head: Head) -> Schedule:
-    """Returns the schedule that trains and shares the given factors in every round."""
-    trained: Roles = factors if head == "frozen" else factors | {"head"}
-    shared: Roles = factors | {"head"} if head == "shared" else factors
-    return lambda t: Phase(t, trained, shared)
+def phase(t: int, trained: Roles, shared: Roles, head: Head) -> Phase:
+    """Returns a phase of the given factors and what the recipe says of the head."""
+    trained = trained if head == "frozen" else trained | {"head"}
+    return Phase(t, trained, shared | {"head"} if head == "shared" else shared)
 
 
 def lora(head: Head) -> Schedule:
-    return of(frozenset({"A", "B"}), head)
+    """LoRA: trains and shares A and B."""
+    return lambda t: phase(t, A | B, A | B, head)
 
 
 def freeze_a(head: Head) -> Schedule:
-    return of(frozenset({"B"}), head)
+    """DFL-LoRA: A is drawn once and frozen, so products mix exactly."""
+    return lambda t: phase(t, B, B, head)
 
 
-SCHEDULES: dict[str, Callable[[Head], Schedule]] = {"lora": lora, "freeze_a": freeze_a}
+def alternating(head: Head, *, period: Positive = 1, mix: Literal["both", "trained"] = "both") -> Schedule:
+    """Trains B alone for `period` rounds, then A alone for as many, and so on; mix says which of them are shared."""
+
+    def schedule(t: int) -> Phase:
+        trained = (B, A)[(t - 1) // period % 2]
+        return phase(t, trained, A | B if mix == "both" else trained, head)
+
+    return schedule
+
+
+def share_a(head: Head) -> Schedule:
+    """FedSA: trains A and B, shares A alone."""
+    return lambda t: phase(t, A | B, A, head)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "lora": lora,
+    "freeze_a": freeze_a,
+    "alternating": alternating,
+    "share_a": share_a,
+}
 
 
 def ever_trained(schedule: Schedule, rounds: int) -> Roles:
     """Returns the roles that any round trains: the others are one common frozen copy."""
-    empty: Roles = frozenset()
-    return empty.union(*(schedule(t).trained for t in range(1, max(rounds, 1) + 1)))
+    return Roles().union(*(schedule(t).trained for t in range(1, max(rounds, 1) + 1)))

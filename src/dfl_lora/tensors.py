@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-Role = Literal["A", "B", "head"]
-ROLES: tuple[Role, ...] = ("A", "B", "head")
-Roles = frozenset[Role]
+from dfl_lora.roles import ROLES, Role
+
 Shape = tuple[int, ...]
 
 

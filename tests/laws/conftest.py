@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dfl_lora.peers import Peers
+from dfl_lora.roles import ROLES
 from dfl_lora.rounds import Method
 from dfl_lora.schedules import ever_trained
 from dfl_lora.streams import torch_stream
-from dfl_lora.tensors import ROLES, Layout, Tensors
+from dfl_lora.tensors import Layout, Tensors
 
 NUM_PEERS = 7
 LAYOUT = Layout.of(

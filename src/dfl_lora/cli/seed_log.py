@@ -69,9 +69,10 @@ class SeedLog:
         t, info = record.round, self.logger.info
         info("Round %d/%d", t, self.rounds)
         before = line.get("accuracy_before_mixing", {}).get("per_peer")
-        for number, progress in enumerate(record.progress.values()):
-            scored = f", Accuracy: {before[number]}" if before else ""
-            info("Client %d - Loss: %s%s", number + 1, progress.loss, scored)
+        for row, i in enumerate(record.peers.ids):
+            if i in record.progress:
+                scored = f", Accuracy: {before[row]}" if before else ""
+                info("Client %d - Loss: %s%s", i + 1, record.progress[i].loss, scored)
         info("Round %d - Parameter Difference: %s", t, line["consensus_error"])
         self.differences.append(line["consensus_error"])
         if "accuracy" in line:

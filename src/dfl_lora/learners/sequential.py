@@ -15,9 +15,9 @@ from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.models.layers import Pass, StreamDropout
 from dfl_lora.models.placement import Placement
 from dfl_lora.peers import STEPS, Peer, Peers
+from dfl_lora.roles import ROLES, Role
 from dfl_lora.schedules import Phase
 from dfl_lora.streams import torch_stream
-from dfl_lora.tensors import ROLES, Role
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -67,7 +67,11 @@ class SequentialLearner:
             parameter.data = values[name].detach().to(self.device, copy=True)
 
     def train(self, peers: Peers, phase: Phase, round: int) -> Mapping[int, Progress]:
-        return {p.id: self.train_peer(p, peers.adapter(row), phase, round) for row, p in enumerate(peers)}
+        return {
+            p.id: self.train_peer(p, peers.adapter(row), phase, round)
+            for row, p in enumerate(peers)
+            if p.id not in phase.absent
+        }
 
     def train_peer(self, peer: Peer, adapter: Mapping[str, Tensor], phase: Phase, round: int) -> Progress:
         """Does the local steps of one peer with torch.optim, and writes adapter and state back."""

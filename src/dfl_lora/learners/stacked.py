@@ -21,9 +21,9 @@ from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.models.layers import Pass, install
 from dfl_lora.peers import STEPS, Peers
+from dfl_lora.roles import ROLES
 from dfl_lora.schedules import Phase
 from dfl_lora.streams import torch_stream
-from dfl_lora.tensors import ROLES
 
 EVALUATION_ROWS = 64
 
@@ -59,11 +59,11 @@ class StackedLearner:
         self.model.to(self.device)
 
     def train(self, peers: Peers, phase: Phase, round: int) -> Mapping[int, Progress]:
-        steps = [self.work.steps_of(self.data.train[i]) for i in peers.ids]
+        steps = [0 if i in phase.absent else self.work.steps_of(self.data.train[i]) for i in peers.ids]
         tallies = [Tally() for _ in peers.ids]
         means = peers.memory.get("gradient_mean")
         if means is not None:
-            means.zero_()
+            means[[row for row, count in enumerate(steps) if count]] = 0
         for s in range(max(steps)):
             batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
             for rows in passes(batches, self.group_tokens):
@@ -72,7 +72,7 @@ class StackedLearner:
         if means is not None:
             given = torch.tensor([max(tally.steps - tally.skipped, 1) for tally in tallies])
             means.div_(given.to(means).unsqueeze(1))
-        return {i: tally.progress() for i, tally in zip(peers.ids, tallies, strict=True)}
+        return {i: t.progress() for i, t in zip(peers.ids, tallies, strict=True) if i not in phase.absent}
 
     def next_batch(self, peers: Peers, row: int) -> Batch:
         cursor = int(peers.counters[row, STEPS])

@@ -13,11 +13,12 @@ from warnings import catch_warnings, simplefilter
 import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from dfl_lora.errors import UserError, nearest
+from dfl_lora.roles import Role, Roles
 from dfl_lora.streams import torch_stream
-from dfl_lora.tensors import Layout, Role, Roles, Shape, Tensors
+from dfl_lora.tensors import Layout, Shape, Tensors
 
 Targets = str | Sequence[str]
 
@@ -31,11 +32,31 @@ class Lora:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    init: str = "kaiming"
 
     @property
     def scaling(self) -> float:
         """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def kaiming(r: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """Returns A [r, d_in] uniform in +-1/sqrt(d_in), as PEFT draws it."""
+    return (2 * torch.rand((r, d_in), generator=generator) - 1) / d_in**0.5
+
+
+def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """Returns A [r, d_in] with orthonormal rows, A A' = I: uniformly distributed, by QR of a Gaussian in float64."""
+    if r > d_in:
+        raise UserError(
+            f"lora.init orthonormal needs a rank of at most the {d_in} inputs of every target module, but lora.r is "
+            f"{r}; use a smaller rank or init kaiming."
+        )
+    q, upper = torch.linalg.qr(torch.randn((d_in, r), generator=generator, dtype=torch.float64))
+    return (q * upper.diagonal().sign()).T.float()
+
+
+INITS = {"kaiming": kaiming, "orthonormal": orthonormal}
 
 
 @dataclass(frozen=True)
@@ -56,11 +77,10 @@ class Placement:
         return Layout.of(shapes | {name: ("head", shape) for name, shape in self.head.items()})
 
     def start(self, model: nn.Module, seed: int, dtype: torch.dtype) -> Tensors:
-        """Returns the common start: A uniform in +-1/sqrt(d_in) (PEFT's kaiming) from the run seed, B = 0."""
+        """Returns the common start: A drawn from the run seed as `lora.init` says, B = 0."""
         start = Tensors(torch.zeros(self.layout.size, dtype=dtype), self.layout)
         for path, (d_in, _) in self.modules.items():
-            draws = torch.rand((self.lora.r, d_in), generator=torch_stream(seed, "A", path), dtype=torch.float32)
-            start[f"{path}.A"].copy_((2 * draws - 1) / d_in**0.5)
+            start[f"{path}.A"].copy_(INITS[self.lora.init](self.lora.r, d_in, torch_stream(seed, "A", path)))
         for name in self.head:
             start[name].copy_(model.get_parameter(name).detach())
         return start

@@ -17,24 +17,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import TokenSource
+from dfl_lora.data.glue import TASKS as TASKS
+from dfl_lora.data.glue import Columns as Columns
 from dfl_lora.data.sources import column
 from dfl_lora.errors import UserError
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The text columns of a task (one sentence or a pair), its label column and the label names, where fixed."""
-
-    text: tuple[str, ...]
-    label: str = "label"
-    names: tuple[str, ...] | None = None
-
-
-TASKS: dict[str, Columns] = {
-    "sst2": Columns(("sentence",), names=("negative", "positive")),
-    "mnli": Columns(("premise", "hypothesis"), names=("entailment", "neutral", "contradiction")),
-    "qnli": Columns(("question", "sentence"), names=("entailment", "not_entailment")),
-}
 
 
 def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:

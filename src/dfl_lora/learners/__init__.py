@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from dfl_lora.metrics import Answers
 from dfl_lora.peers import Peers
 from dfl_lora.schedules import Phase
 
@@ -18,15 +19,6 @@ class Progress:
     skipped: int
 
 
-@dataclass(frozen=True)
-class Score:
-    """An evaluation of one peer."""
-
-    accuracy: float
-    loss: float
-    rows: int
-
-
 class Learner(Protocol):
     """Local steps and evaluation; a learner keeps nothing between rounds that is not in the peers."""
 
@@ -34,6 +26,6 @@ class Learner(Protocol):
         """Does the local steps of one round in place, on the roles the phase trains; by peer id."""
         ...
 
-    def evaluate(self, peers: Peers) -> Mapping[int, Score]:
-        """Returns each peer's score on its validation rows; by peer id."""
+    def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
+        """Returns each peer's answers on its validation rows; by peer id."""
         ...

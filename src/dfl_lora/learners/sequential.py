@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfl_lora.data.batches import Batch, evaluation_batches
-from dfl_lora.learners import Progress, Score
+from dfl_lora.learners import Progress
 from dfl_lora.learners.work import LocalWork, PeerData
+from dfl_lora.metrics import Answers
 from dfl_lora.models.layers import Pass, StreamDropout
 from dfl_lora.models.placement import Placement
 from dfl_lora.peers import STEPS, Peer, Peers
@@ -149,15 +150,14 @@ class SequentialLearner:
         return logits, F.cross_entropy(logits, batch.labels.to(self.device))
 
     @torch.inference_mode()
-    def evaluate(self, peers: Peers) -> Mapping[int, Score]:
+    def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
         return {i: self.evaluate_peer(i, peers.adapter(row)) for row, i in enumerate(peers.ids)}
 
-    def evaluate_peer(self, peer: int, adapter: Mapping[str, Tensor]) -> Score:
+    def evaluate_peer(self, peer: int, adapter: Mapping[str, Tensor]) -> Answers:
         self.load(adapter)
-        correct, loss, count = 0.0, 0.0, 0
+        answers = []
         for batch in evaluation_batches(self.data.validation[peer], 64):
             logits, mean = self.forward(batch)
-            correct += float((logits.cpu().argmax(1) == batch.labels).sum())
-            loss += mean.item() * len(batch.labels)
-            count += len(batch.labels)
-        return Score(correct / count, loss / count, count)
+            given = logits.cpu().argmax(1).numpy()
+            answers.append(Answers(batch.labels.numpy(), given, mean.item(), logits.shape[1]))
+        return Answers.pooled(answers)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfl_lora.data.batches import Batch, evaluation_batches
-from dfl_lora.learners import Progress, Score
+from dfl_lora.learners import Progress
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
+from dfl_lora.metrics import Answers
 from dfl_lora.models.layers import Pass, install
 from dfl_lora.peers import STEPS, Peers
 from dfl_lora.roles import ROLES
@@ -159,9 +160,9 @@ class StackedLearner:
             put(peers.optimizer[name], rows, m)
 
     @torch.inference_mode()
-    def evaluate(self, peers: Peers) -> Mapping[int, Score]:
+    def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
         streams = [evaluation_batches(self.data.validation[i], EVALUATION_ROWS) for i in peers.ids]
-        correct, loss, count = ([0.0] * len(peers) for _ in range(3))
+        answers: list[list[Answers]] = [[] for _ in peers.ids]
         for batches in together(streams):
             for rows in passes(batches, 2 * self.group_tokens):
                 x = take(peers.x, rows)
@@ -169,14 +170,9 @@ class StackedLearner:
                 tensors |= {e.name: x[:, e.start : e.stop].view(len(x), *e.shape) for e in peers.layout.entries}
                 logits, losses = self.forward([batches[row] for row in rows], tensors)
                 for row, own, mean in zip(rows, logits.cpu(), losses.tolist(), strict=True):
-                    labels = batches[row].labels
-                    correct[row] += float((own.argmax(1) == labels).sum())
-                    loss[row] += mean * len(labels)
-                    count[row] += len(labels)
-        return {
-            i: Score(correct[row] / count[row], loss[row] / count[row], int(count[row]))
-            for row, i in enumerate(peers.ids)
-        }
+                    labels, given = batches[row].labels.numpy(), own.argmax(1).numpy()
+                    answers[row].append(Answers(labels, given, mean, own.shape[1]))
+        return {i: Answers.pooled(own) for i, own in zip(peers.ids, answers, strict=True)}
 
 
 def take(matrix: Tensor, rows: Sequence[int]) -> Tensor:

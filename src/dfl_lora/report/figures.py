@@ -97,10 +97,10 @@ def series(records: Sequence[Record], *path: str) -> Array:
     return np.where(np.isfinite(values), values, nan)
 
 
-def per_peer(record: Record) -> Array:
-    """Returns the accuracy of each peer in a round or a summary, empty where there is none."""
-    accuracy = record.get("accuracy")
-    values = accuracy.get("per_peer") if isinstance(accuracy, Mapping) else None
+def per_peer(record: Record, key: str) -> Array:
+    """Returns a metric of each peer in a round or a summary, empty where there is none."""
+    measured = record.get(key)
+    values = measured.get("per_peer") if isinstance(measured, Mapping) else None
     return np.array([number(v) for v in values] if isinstance(values, list) else [], dtype=np.float64)
 
 
@@ -112,13 +112,13 @@ def half_width(values: Array) -> float:
     return float(stdtrit(values.size - 1, 0.975) * values.std(ddof=1) / sqrt(values.size))
 
 
-def accuracy(records: Sequence[Record]) -> Drawing | None:
-    """Returns the accuracy per peer and round, or None if it was never evaluated."""
-    evaluated = [record for record in records if isfinite(number(record, "accuracy", "mean"))]
+def metric(records: Sequence[Record], key: str, name: str) -> Drawing | None:
+    """Returns a metric per peer and round, or None if it was never evaluated."""
+    evaluated = [record for record in records if isfinite(number(record, key, "mean"))]
     if not evaluated:
         return None
-    rounds, mean = series(evaluated, "round"), series(evaluated, "accuracy", "mean")
-    rows = [per_peer(record) for record in evaluated]
+    rounds, mean = series(evaluated, "round"), series(evaluated, key, "mean")
+    rows = [per_peer(record, key) for record in evaluated]
     half, lines, peers = np.array([half_width(row) for row in rows]), chosen_lines(rows), max(map(len, rows))
 
     def draw(axes: Axes) -> None:
@@ -133,7 +133,7 @@ def accuracy(records: Sequence[Record]) -> Drawing | None:
     legend += [Key("95 % interval of the mean", THEME[FIRST], 0.3)] if np.isfinite(half).any() else []
     legend += [Key("each peer", THEME[MUTED], 0.6)] if lines.size else []
     note = f"Thin lines: {lines.shape[1]} of {peers} peers." if lines.shape[1] < peers else ""
-    return Drawing(svg("accuracy", "Accuracy of the peers in each round", draw), tuple(legend), note)
+    return Drawing(svg(key, f"{name} of the peers in each round", draw), tuple(legend), note)
 
 
 def chosen_lines(rows: Sequence[Array]) -> Array:

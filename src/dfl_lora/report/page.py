@@ -14,11 +14,14 @@ from markupsafe import Markup
 
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
+from dfl_lora.metrics import ends_of, key_of
 from dfl_lora.report import figures
 from dfl_lora.report.figures import Array, Drawing, Record, number, per_peer
 
 T = TypeVar("T")
 NOTHING = "–"
+NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "loss": "validation loss"}
+EXTREMES = {"min": "lowest", "max": "highest"}
 BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -121,11 +124,13 @@ def render(run: Run) -> str:
         drawings=drawings(run),
         partition=run.partition,
         graph_facts=graph_facts(run.partition),
+        metrics=[name for _, name in shown(run.summary)],
         peers=peers(run),
         cost=cost(run.summary),
         recipe=run.recipe_text,
         provenance=provenance(run.summary),
         svg=lambda drawing: Markup(drawing.svg),
+        title=title,
     )
 
 
@@ -133,7 +138,7 @@ def drawings(run: Run) -> dict[str, Drawing | None]:
     """Returns the figures by name, None where there is nothing to draw."""
     part = run.partition
     return {
-        "accuracy": figures.accuracy(run.records),
+        **{name: figures.metric(run.records, key, title(name)) for key, name in shown(run.summary)},
         "loss": figures.loss(run.records),
         "consensus": figures.consensus(run.records),
         "relative": figures.relative(run.records),
@@ -154,13 +159,27 @@ def about(run: Run) -> list[str]:
     ]
 
 
+def shown(summary: Record) -> list[tuple[str, str]]:
+    """Returns the key and the name of the metrics that a report shows: the run's own first, and accuracy."""
+    own = summary.get("metric")
+    return [(key_of(metric), NAMES[metric]) for metric in dict.fromkeys((own, "accuracy")) if metric in NAMES]
+
+
+def scores(summary: Record, key: str, name: str) -> list[Fact]:
+    """Returns what the peers and their average reached in a metric."""
+    worst, best = ends_of(key)
+    return [
+        Fact(title(name), fixed(number(summary, key, "mean")), interval(within(summary, key, "ci95"))),
+        Fact("Worst peer", fixed(number(summary, key, worst)), f"{EXTREMES[worst]} {name}"),
+        Fact("Best peer", fixed(number(summary, key, best)), f"{EXTREMES[best]} {name}"),
+        Fact("Consensus", fixed(number(summary, key, "consensus")), f"{name} of the average"),
+    ]
+
+
 def headline(summary: Record) -> list[Fact]:
     """Returns the results of a run."""
     return [
-        Fact("Accuracy", fixed(number(summary, "accuracy", "mean")), interval(within(summary, "accuracy", "ci95"))),
-        Fact("Worst peer", fixed(number(summary, "accuracy", "min")), "lowest accuracy"),
-        Fact("Best peer", fixed(number(summary, "accuracy", "max")), "highest accuracy"),
-        Fact("Consensus", fixed(number(summary, "accuracy", "consensus")), "accuracy of the average"),
+        *(fact for key, name in shown(summary) for fact in scores(summary, key, name)),
         Fact("Consensus error", short(number(summary, "consensus_error")), "after the last round"),
         Fact("Relative disagreement", short(number(summary, "relative_disagreement")), "after the last round"),
         Fact("Sent per peer", size(number(summary, "bytes_sent_per_peer")), "in all rounds"),
@@ -187,13 +206,13 @@ def graph_facts(partition: Partition | None) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in facts.items() if not isnan(value))
 
 
-def peers(run: Run) -> list[tuple[int, str, str]]:
-    """Returns each peer with its final accuracy and its training rows."""
-    accuracies = per_peer(run.summary)
+def peers(run: Run) -> list[tuple[int, list[str], str]]:
+    """Returns each peer with its final metrics and its training rows."""
+    finals = [per_peer(run.summary, key) for key, _ in shown(run.summary)]
     rows = run.partition.counts.sum(axis=1) if run.partition and run.partition.labels else np.zeros(0)
     return [
-        (i, at(accuracies, i, fixed), at(rows, i, lambda count: f"{count:,.0f}"))
-        for i in range(max(len(accuracies), len(rows)))
+        (i, [at(values, i, fixed) for values in finals], at(rows, i, lambda count: f"{count:,.0f}"))
+        for i in range(max(len(rows), *map(len, finals)))
     ]
 
 
@@ -236,8 +255,13 @@ def counted(count: float, word: str) -> str:
     return f"{short(count)} {word}{'' if count == 1 else 's'}"
 
 
+def title(name: str) -> str:
+    """Returns a name as it stands at the beginning."""
+    return name[:1].upper() + name[1:]
+
+
 def fixed(value: float) -> str:
-    """Returns an accuracy, a dash for nan."""
+    """Returns a metric, a dash for nan."""
     return NOTHING if isnan(value) else f"{value:.4f}"
 
 

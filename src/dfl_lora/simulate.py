@@ -5,17 +5,17 @@ that was stopped goes on from its last checkpoint to the bit; a line of rounds.j
 """
 
 import json
+import os
 import platform
 import resource
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, SupportsFloat, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from dfl_lora import measures, mixing
 from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
-from dfl_lora.files import write_atomically
-from dfl_lora.learners import Score
+from dfl_lora.files import sweep, write_atomically
+from dfl_lora.metrics import METRICS, Answers, key_of, recorded
 from dfl_lora.networks import Network
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
@@ -34,6 +34,7 @@ from dfl_lora.recipe import Recipe
 from dfl_lora.report.figures import half_width
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, Traffic, mix, rounds
+from dfl_lora.run_directory import clear, prepare
 
 Line = dict[str, Any]
 MANY_PEERS = 64
@@ -78,30 +79,6 @@ class Stopwatch:
         return taken
 
 
-def prepare(run: Path, resume: bool, overwrite: bool) -> None:
-    """Checks that the run directory may be used; an existing run needs --resume or --overwrite."""
-    if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite starts it anew; give one of them.")
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; give a folder with --out.")
-    if not (run / "recipe.yaml").exists():
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"{run} holds files that are no run; give another folder with --out, or empty it.")
-        return
-    if not (resume or overwrite):
-        raise UserError(
-            f"There is a run in {run} already; go on with --resume, replace it with --overwrite, or use --out."
-        )
-
-
-def clear(run: Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
-    for name in ("adapters", "checkpoint"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("rounds.jsonl", "summary.json", "partition.json", "report.html", "log.txt", "recipe.yaml"):
-        (run / name).unlink(missing_ok=True)
-
-
 def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resume: bool, overwrite: bool) -> Line:
     """Runs a recipe to its end in directory `run` and returns the summary."""
     prepare(run, resume, overwrite)
@@ -113,6 +90,7 @@ def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resu
             "resume with the recipe it was started with, or start anew with --overwrite."
         )
     run.mkdir(parents=True, exist_ok=True)
+    sweep(run)
     if not recorded:
         clear(run)
         write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
@@ -155,8 +133,12 @@ class Simulation:
     clock: Stopwatch = field(default_factory=Stopwatch)
     start: Start | None = None
 
-    def evaluate(self, t: int, peers: Peers) -> dict[int, Score]:
-        """Returns the scores of a round in which evaluation is due, else nothing."""
+    @property
+    def metric(self) -> str:
+        return str(self.federation.recipe.evaluate.metric)
+
+    def evaluate(self, t: int, peers: Peers) -> dict[int, Answers]:
+        """Returns the answers of a round in which evaluation is due, else nothing."""
         recipe = self.federation.recipe
         if t % recipe.evaluate.every and t != recipe.train.rounds:
             return {}
@@ -164,17 +146,17 @@ class Simulation:
             return dict(self.federation.learner.evaluate(peers))
 
     def before(self, t: int, peers: Peers) -> Mapping[str, Any]:
-        return {"scores": self.evaluate(t, peers)} if self.federation.recipe.evaluate.before_mixing else {}
+        return {"answers": self.evaluate(t, peers)} if self.federation.recipe.evaluate.before_mixing else {}
 
     def after(self, t: int, peers: Peers) -> Mapping[str, Any]:
-        return {"scores": self.evaluate(t, peers), "consensus": consensus_of(peers)}
+        return {"answers": self.evaluate(t, peers), "consensus": consensus_of(peers)}
 
     def seed_start(self) -> Start:
         """Evaluates all peers, gossips once and measures, before round 1."""
         f = self.federation
-        scores = f.learner.evaluate(f.peers)
+        answers = f.learner.evaluate(f.peers)
         traffic = mix(f.peers, f.method.schedule(0), f.graph, 0, f.method, self.network)
-        accuracies = [score.accuracy for score in scores.values()]
+        accuracies = [METRICS["accuracy"](own) for own in answers.values()]
         return Start(accuracies, consensus_of(f.peers).consensus_error, traffic.bytes / len(f.peers))
 
     def go(self, done: int, lines: list[Line]) -> None:
@@ -189,12 +171,13 @@ class Simulation:
                 before=self.before, after=self.after, clock=self.clock, first=done + 1,
             ):  # fmt: skip
                 seconds = {"train": 0.0, "exchange": 0.0, "evaluate": 0.0} | self.clock.reset()
-                line = line_of(record, seconds | {"total": perf_counter() - start})
+                line = line_of(record, self.metric, seconds | {"total": perf_counter() - start})
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 lines.append(line)
                 if record.round % f.recipe.output.checkpoint_every == 0 or record.round == total:
                     kept = {"start": asdict(self.start) if self.start else None}
+                    os.fsync(file.fileno())  # a checkpoint never tells of rounds that a power cut took from the lines
                     save_checkpoint(self.run / "checkpoint", f.peers, record.round, f.digest, kept)
                 for observer in self.observers:
                     observer.finished_round(record, line)
@@ -206,7 +189,7 @@ class Simulation:
         """Returns the end of the run, from its lines and one evaluation of the consensus."""
         f, last = self.federation, lines[-1]
         with self.clock("evaluate"):
-            agreed = self.consensus_accuracy()
+            agreed = self.consensus_answers()
         seconds = {part: sum(line["seconds"][part] for line in lines) for part in last["seconds"]}
         tokens = sum(line["tokens"] for line in lines)
         return {
@@ -214,7 +197,8 @@ class Simulation:
             "name": f.recipe.name,
             "num_peers": len(f.peers),
             "rounds": len(lines),
-            "accuracy": {**last["accuracy"], "ci95": interval(last["accuracy"]["per_peer"]), "consensus": agreed},
+            "metric": self.metric,
+            **{key_of(name): ending(last[key_of(name)], METRICS[name](agreed)) for name in recorded(self.metric)},
             **{key: last[key] for key in ("consensus_error", "product_disagreement", "relative_disagreement")},
             "bytes_sent_per_peer": sum(line["bytes_sent_per_peer"] for line in lines)
             + (self.start.bytes_sent_per_peer if self.start else 0.0),
@@ -225,12 +209,12 @@ class Simulation:
             "versions": versions(),
         }
 
-    def consensus_accuracy(self) -> float:
-        """Returns the accuracy of the mean of all peers, on every validation table there is."""
+    def consensus_answers(self) -> Answers:
+        """Returns the answers of the mean of all peers, on every validation table there is."""
         f = self.federation
         tables = {id(f.data.peers.validation[i].source): i for i in reversed(f.peers.ids)}
-        scores = f.learner.evaluate(f.peers.consensus(sorted(tables.values()))).values()
-        return sum(score.accuracy * score.rows for score in scores) / sum(score.rows for score in scores)
+        answers = f.learner.evaluate(f.peers.consensus(sorted(tables.values())))
+        return Answers.pooled(list(answers.values()))
 
     def write_adapters(self) -> None:
         """Writes PEFT folders of the consensus and, unless there are very many, of every peer."""
@@ -247,18 +231,20 @@ def consensus_of(peers: Peers) -> measures.Consensus:
     return measures.consensus(measures.factors(peers), len(peers))
 
 
-def line_of(record: Record, seconds: Mapping[str, float]) -> Line:
-    """Returns the line of rounds.jsonl of a round."""
-    losses = [p.loss for p in record.progress.values()]
-    line: Line = {"round": record.round, "loss": spread(losses)}
-    for key, measured in (("accuracy_before_mixing", record.before), ("accuracy", record.after)):
-        values = [score.accuracy for score in cast(Mapping[int, Score], measured.get("scores", {})).values()]
-        if values:
-            line[key] = spread(values) | {"per_peer": values}
+def line_of(record: Record, metric: str, seconds: Mapping[str, float]) -> Line:
+    """Returns the line of rounds.jsonl of a round, with the recipe's metric beside accuracy and loss."""
+    losses = {i: p.loss for i, p in record.progress.items()}
+    each = [finite(losses.get(i, nan)) for i in record.peers.ids]
+    line: Line = {"round": record.round, "loss": spread(list(losses.values())), "loss_per_peer": each}
+    for suffix, measured in (("_before_mixing", record.before), ("", record.after)):
+        answers = cast(Mapping[int, Answers], measured.get("answers", {})).values()
+        for name in recorded(metric) if answers else ():
+            values = [METRICS[name](own) for own in answers]
+            line[key_of(name) + suffix] = spread(values) | {"per_peer": [finite(value) for value in values]}
     traffic: Traffic = record.traffic
     return {
         **line,
-        **{key: value if isfinite(value) else None for key, value in asdict(record.after["consensus"]).items()},
+        **{key: finite(value) for key, value in asdict(record.after["consensus"]).items()},
         "bytes_sent_per_peer": traffic.bytes / len(record.peers),
         "messages": traffic.messages,
         "refused": dict(traffic.refused),
@@ -268,10 +254,20 @@ def line_of(record: Record, seconds: Mapping[str, float]) -> Line:
     }
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Returns mean, min and max; null where a value is not finite, since JSON has no word for it."""
-    keys = {"mean": float(np.mean(values)), "min": float(np.min(values)), "max": float(np.max(values))}
-    return {key: value if isfinite(value) else None for key, value in keys.items()}
+def ending(last: Line, consensus: float) -> Line:
+    """Returns a metric at the end of a run: its last round, the interval over peers, and that of the consensus."""
+    known = [value for value in last["per_peer"] if value is not None]
+    return {**last, "ci95": interval(known), "consensus": finite(consensus)}
+
+
+def spread(values: list[float]) -> Line:
+    """Returns mean, min and max."""
+    return {"mean": finite(np.mean(values)), "min": finite(np.min(values)), "max": finite(np.max(values))}
+
+
+def finite(value: SupportsFloat) -> float | None:
+    """Returns the number, null where it is not finite, since JSON has no word for it."""
+    return float(value) if isfinite(value) else None
 
 
 def interval(values: list[float]) -> float:

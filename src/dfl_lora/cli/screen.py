@@ -1,4 +1,7 @@
-"""What a person sees of a run: a line for each round while it goes, a table at the end. The same goes to log.txt."""
+"""What a person sees of a run: a line for each round while it goes, a table at the end. The same goes to log.txt.
+
+The log of a run that goes on is written anew from the lines of its rounds, so that each round stands in it once.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dfl_lora.build import Federation
+from dfl_lora.files import write_atomically
+from dfl_lora.metrics import ends_of, key_of
 from dfl_lora.report.page import size
 from dfl_lora.rounds import Record
 from dfl_lora.simulate import Line, Start
@@ -29,6 +34,7 @@ class Screen:
         self.progress = Progress(*columns, console=self.console, disable=not live)
         self.task = self.progress.add_task("rounds", total=None)
         self.live = live
+        self.keys = ["accuracy"]
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -49,23 +55,21 @@ class Screen:
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
         recipe, graph = federation.recipe, federation.graph
         self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
-        resumed = f", going on after round {len(lines)}" if lines else ""
+        write_atomically(self.run / "log.txt", b"")
+        self.keys = keys_of(str(recipe.evaluate.metric))
         self.say(
             f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges), "
             f"{recipe.method.schedule}, head {recipe.method.head}, {federation.peers.layout.size:,} numbers a peer, "
-            f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}{resumed}",
+            f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}",
             always=True,
         )
+        for line in lines:
+            self.say(told(line, self.keys))
+        if lines:
+            self.say(f"going on after round {len(lines)}", always=True)
 
     def finished_round(self, record: Record, line: Line) -> None:
-        accuracy = line.get("accuracy")
-        scored = f"accuracy {accuracy['mean']:.3f} (worst {accuracy['min']:.3f})  " if accuracy else ""
-        self.say(
-            f"round {record.round:3d}  loss {number(line['loss']['mean'])}  {scored}"
-            f"disagreement {number(line['relative_disagreement'])}  "
-            f"consensus error {number(line['consensus_error'])}  sent {size(line['bytes_sent_per_peer'])} a peer  "
-            f"{line['seconds']['total']:.1f} s"
-        )
+        self.say(told(line, self.keys))
         self.progress.update(self.task, completed=record.round)
 
     def ended(self, summary: Mapping[str, Any], run: Path) -> None:
@@ -77,29 +81,59 @@ class Screen:
         self.say(f"report: {run / 'report.html'}", always=True)
 
 
+def told(line: Line, keys: Sequence[str]) -> str:
+    """Returns what is said of a round, with the metrics of these keys where it was evaluated."""
+    measured = [(key, line[key]) for key in keys if key in line]
+    scored = "".join(f"{key} {share(m['mean'])} (worst {share(m[ends_of(key)[0]])})  " for key, m in measured)
+    return (
+        f"round {line['round']:3d}  loss {number(line['loss']['mean'])}  {scored}"
+        f"disagreement {number(line['relative_disagreement'])}  "
+        f"consensus error {number(line['consensus_error'])}  sent {size(line['bytes_sent_per_peer'])} a peer  "
+        f"{line['seconds']['total']:.1f} s"
+    )
+
+
+def keys_of(metric: str) -> list[str]:
+    """Returns the keys of what is shown of a run: accuracy, and its own metric where that is another."""
+    return list(dict.fromkeys(("accuracy", key_of(metric))))
+
+
+def share(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
 def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns one table of several runs: accuracy mean and worst, the disagreements, bytes."""
+    """Returns one table of several runs: accuracy and their own metrics, mean and worst, the disagreements, bytes."""
+    accuracy, *others = dict.fromkeys(
+        key for summary in summaries.values() for key in keys_of(summary.get("metric", "accuracy"))
+    )
     table = Table(title=None)
     table.add_column("run", no_wrap=True, min_width=max(map(len, summaries)))
-    for name in ("accuracy mean", "95 % CI", "worst peer", "consensus model", "consensus error"):
+    for name in (f"{accuracy} mean", "95 % CI", "worst peer", "consensus model", *(f"{key} (worst)" for key in others)):
         table.add_column(name, justify="right")
-    for name in ("product disagreement", "bytes a peer", "seconds"):
+    for name in ("consensus error", "product disagreement", "bytes a peer", "seconds"):
         table.add_column(name, justify="right")
     for name, summary in summaries.items():
-        accuracy = summary["accuracy"]
+        scored = summary[accuracy]
         table.add_row(
             name,
-            f"{accuracy['mean']:.3f}",
-            f"± {accuracy['ci95']:.3f}",
-            f"{accuracy['min']:.3f}",
-            f"{accuracy['consensus']:.3f}",
+            share(scored["mean"]),
+            f"± {share(scored['ci95'])}",
+            share(scored["min"]),
+            share(scored["consensus"]),
+            *(with_worst(summary.get(key), key) for key in others),
             number(summary["consensus_error"]),
             number(summary["product_disagreement"]),
             size(summary["bytes_sent_per_peer"]),
             f"{summary['seconds']['total']:.0f}",
         )
     return table
+
+
+def with_worst(measured: Mapping[str, Any] | None, key: str) -> str:
+    """Returns the mean of a metric over peers and the worst of them, a dash where a run did not record it."""
+    return f"{share(measured['mean'])} ({share(measured[ends_of(key)[0]])})" if measured else "–"

@@ -332,7 +332,7 @@ def test_a_resumed_training_appends_to_its_log_what_the_whole_one_has(
 ) -> None:
     words = (*seed.words(), "--out", tmp_path / "run", "--log_path", tmp_path / "train.log")
     with monkeypatch.context() as stopped:
-        stopped.setattr(os, "fsync", failing(KeyboardInterrupt(), after=6))
+        stopped.setattr(os, "fsync", failing(KeyboardInterrupt(), after=16))
         assert call(*words) == 130
     done = Trained(tmp_path / "run", tmp_path / "train.log")
     before = done.log.read_text()

@@ -2,9 +2,9 @@
 
 import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 
 from dfl_lora.errors import UserError
+from dfl_lora.files import new_folder
 from dfl_lora.models import adapters
 from dfl_lora.models.base import locate
 from dfl_lora.reading import load_recipe
@@ -22,15 +22,9 @@ def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
             f"{run} has no adapter {name}; it has {', '.join(there) or 'none yet: the run is not finished'}."
         )
     adapters.read_adapter(source)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(mkdtemp(dir=to.parent, prefix=f".{to.name}."))
-    partial.chmod(0o755)
-    try:
+    with new_folder(to) as partial:
         if merge:
             recipe = load_recipe(run / "recipe.yaml")
             adapters.merge(source, locate(recipe.model.name_or_path, recipe.model.revision), labels_of(run), partial)
         else:
             shutil.copytree(source, partial, dirs_exist_ok=True)
-        adapters.replace_folder(partial, to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

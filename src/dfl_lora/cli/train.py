@@ -45,6 +45,7 @@ def train(
 ) -> None:
     """Train as the seed's script did: one epoch of Adam a round, in row order, heads private."""
     from dfl_lora.reading import resolve
+    from dfl_lora.run_directory import prepare
 
     template = dataset_path_template
     if "{i}" not in template and "{}" not in template:
@@ -60,11 +61,11 @@ def train(
     content["train"] |= {"rounds": num_rounds, "batch_size": batch_size, "seed": seed}
     recipe = resolve(content, settings or (), "the flags")
     directory = out or Path(recipe.output.dir or f"runs/{recipe.name}")
+    prepare(directory, resume, overwrite)
     from dfl_lora.cli.screen import Screen
     from dfl_lora.cli.seed_log import SeedLog
-    from dfl_lora.simulate import prepare, run_recipe
+    from dfl_lora.simulate import run_recipe
 
-    prepare(directory, resume, overwrite)
     with Screen(directory, quiet=as_json) as screen, SeedLog(log_path) as log:
         summary = run_recipe(recipe, directory, [screen, log], resume=resume, overwrite=overwrite)
     if as_json:

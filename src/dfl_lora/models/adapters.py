@@ -6,11 +6,9 @@ the base's file lacks of the encoder (a pooler) and the run seed gave.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from dfl_lora.errors import UserError
+from dfl_lora.files import new_folder
 from dfl_lora.models.base import Base, Files, load_tokenizer, quiet
 from dfl_lora.models.placement import Placement
 
@@ -93,16 +92,10 @@ class Export:
 
     def write(self, folder: Path, adapter: Mapping[str, Tensor], whose: str) -> None:
         """Writes an adapter folder, which appears whole or not at all."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        partial.chmod(0o755)
-        try:
+        with new_folder(folder) as partial:
             (partial / WEIGHTS).write_bytes(save(self.tensors(adapter), metadata={"format": "pt"}))
             (partial / CONFIG).write_text(json.dumps(self.config(), indent=2, default=str))
             (partial / "README.md").write_text(self.readme(whose))
-            replace_folder(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def readme(self, whose: str) -> str:
         base, labels = self.files.name, len(self.labels)
@@ -114,20 +107,6 @@ class Export:
             f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={labels})\n'
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n```\n'
         )
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Renames a finished folder into place, over an older one where there is one."""
-    if folder.exists():
-        old = partial.with_name(f"{partial.name}.old")
-        folder.rename(old)
-        partial.rename(folder)
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
-    else:
-        partial.rename(folder)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

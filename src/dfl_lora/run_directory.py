@@ -1,0 +1,36 @@
+"""A run directory before a run: whether it may be used, and what an earlier run left there. No torch here."""
+
+from pathlib import Path
+
+from dfl_lora.errors import UserError
+from dfl_lora.files import is_partial, remove
+
+RECIPE = "recipe.yaml"
+LEFT = (
+    "checkpoint/latest.json", "checkpoint", "adapters", "rounds.jsonl", "summary.json", "partition.json",
+    "report.html", "log.txt", RECIPE,
+)  # fmt: skip
+"""In the order of removal: first what makes a checkpoint one, last what makes the folder a run."""
+
+
+def prepare(run: Path, resume: bool, overwrite: bool) -> None:
+    """Checks that the run directory may be used; an existing run needs --resume or --overwrite."""
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite starts it anew; give one of them.")
+    place = next((p for p in (run, *run.parents) if p.exists()), run)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place} is a file; give a folder with --out.")
+    if not (run / RECIPE).exists():
+        if run.exists() and not all(map(is_partial, run.iterdir())):
+            raise UserError(f"{run} holds files that are no run; give another folder with --out, or empty it.")
+        return
+    if not (resume or overwrite):
+        raise UserError(
+            f"There is a run in {run} already; go on with --resume, replace it with --overwrite, or use --out."
+        )
+
+
+def clear(run: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    for name in LEFT:
+        remove(run / name)

@@ -1,11 +1,10 @@
 """From a recipe to the things it names. Checks that need no model come first, so that mistakes cost nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dfl_lora import codecs, combine, corrections, graphs, mixers, mixing, schedules
 from dfl_lora.data import partition, sources, tasks
@@ -20,8 +19,9 @@ from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
 from dfl_lora.models.placement import Lora, place, split
 from dfl_lora.models.toy import ToyModel
+from dfl_lora.participation import absence
 from dfl_lora.peers import Peers
-from dfl_lora.recipe import Compute, Partition, Recipe, is_path
+from dfl_lora.recipe import Compute, Evaluate, Recipe, is_path
 from dfl_lora.rounds import Method
 from dfl_lora.streams import numpy_stream, torch_stream
 
@@ -35,6 +35,10 @@ class Data:
     peers: PeerData
     labels: tuple[str, ...]
     counts: list[list[int]]
+    num_rows: int
+    """Of the table that is shared out, or of all peers' own tables that are read here."""
+    rows: list[Rows] | None
+    """Row numbers of each peer; None where each has a table of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ class Federation:
 
 def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
     """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
-    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
+    compute, evaluate = resolve_compute(recipe.compute, learner, recipe.train.dropout), resolve_metric(recipe)
+    recipe = recipe.model_copy(update={"compute": compute, "evaluate": evaluate})
     torch.set_num_threads(int(recipe.compute.threads))
     graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
-    lora = Lora(**recipe.lora.model_dump(exclude={"init"}))
+    lora = Lora(**recipe.lora.model_dump())
     check_toy(recipe)
     if recipe.task.kind == "toy":
         data, files = toy_data(recipe, hosted), None
@@ -118,22 +123,24 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
     )
 
 
+def resolve_metric(recipe: Recipe) -> Evaluate:
+    """Returns what peers are evaluated by: what the recipe says, or else the task's own metric."""
+    own = tasks.TASKS[recipe.task.name].metric if recipe.task.name else "accuracy"
+    return recipe.evaluate.model_copy(update={"metric": recipe.evaluate.metric or own})
+
+
 def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:
     """Returns the graph and the point in the product of the axes."""
-    num_peers, topology, axes = recipe.peers.num_peers, recipe.peers.topology, recipe.method
-    weights = mixing.MIXINGS[recipe.peers.mixing]
-    if topology.rows is not None:
-        graph, weights = mixing.from_matrix(topology.rows)
-        if graph.num_peers != num_peers:
-            raise UserError(f"The matrix is of {graph.num_peers} peers, but peers.num_peers is {num_peers}.")
-    elif topology.edges is not None:
-        graph = graphs.Graph.of(num_peers, topology.edges)
-    else:
-        graph = graphs.named(topology.kind, num_peers)
+    peers, axes = recipe.peers, recipe.method
+    graph: graphs.Graph = peers.topology.of(peers.num_peers)
+    matrix = peers.topology.kind == "matrix"
+    if matrix and peers.mixing != "metropolis":
+        raise UserError(f"peers.mixing {peers.mixing} has no effect on topology matrix, which is a W; remove it.")
     return graph, Method(
-        schedules.SCHEDULES[axes.schedule](axes.head),
+        axes.schedule.of(axes.head),
         lambda t: graph,
-        weights,
+        absence(peers.num_peers, peers.participation, recipe.train.seed),
+        mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing],
         corrections.CORRECTIONS[axes.correction],
         mixers.MIXERS[axes.mixer],
         combine.COMBINES[axes.combine],
@@ -170,19 +177,23 @@ def text_columns(recipe: Recipe) -> tasks.Columns:
     """Returns the columns of a known task, or those the recipe names."""
     task = recipe.task
     if task.name is not None:
-        if task.text is not None:
-            raise UserError(f"task.text has no effect with task.name {task.name}, which sets it; remove one of them.")
-        return tasks.Columns(tasks.TASKS[task.name].text, task.label, tasks.TASKS[task.name].names)
+        for key, value in (("text", task.text), ("labels", task.labels)):
+            if value is not None:
+                raise UserError(
+                    f"task.{key} has no effect with task.name {task.name}, which sets it; remove one of them."
+                )
+        known = tasks.TASKS[task.name]
+        return tasks.Columns(known.text, task.label, known.names, known.metric)
     text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
     if len(text) > 2:
         raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
-    return tasks.Columns(tuple(text), task.label)
+    return tasks.Columns(tuple(text), task.label, None if task.labels is None else tuple(task.labels))
 
 
 def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
     """Loads, tokenises and shares out the rows of a text task."""
     data, columns = recipe.data, text_columns(recipe)
-    if data.per_peer is not None and data.partition != Partition():
+    if data.per_peer is not None and (data.partition.kind, data.partition.min_size) != ("iid", 1):
         raise UserError(
             "data.partition has no effect with data.per_peer, where each peer has its own rows; remove one."
         )
@@ -198,7 +209,10 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
         )
     names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
-    parts = share_out(recipe, labels[0]) if shared else [np.arange(len(labels[i])) for i in owners]
+    if shared:
+        parts = share_out(recipe, labels[0], lambda name: sources.column(tables[0], name, paths[0]))
+    else:
+        parts = [np.arange(len(labels[i])) for i in owners]
     tokenizer, limit = bases.load_tokenizer(files), min(recipe.task.max_length, bases.max_tokens(files))
     special = tokenizer.num_special_tokens_to_add(pair=len(columns.text) == 2)
     if limit <= special + 1:
@@ -211,16 +225,16 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     }
     train = {i: shards[i] for i in hosted}
     counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
-    return Data(PeerData(train, validation_shards(recipe, tokens, columns, names, train)), names, counts)
+    peers = PeerData(train, validation_shards(recipe, tokens, columns, names, train))
+    return Data(peers, names, counts, sum(map(len, labels.values())), parts if shared else None)
 
 
-def share_out(recipe: Recipe, labels: NDArray[np.int64]) -> list[Rows]:
+def share_out(recipe: Recipe, labels: Rows, column: Callable[[str], Sequence[object]]) -> list[Rows]:
     """Returns the row numbers of each peer."""
     how = recipe.data.partition
     seed = recipe.train.seed if how.seed is None else how.seed
-    if how.kind == "iid":
-        return partition.iid(labels, recipe.peers.num_peers, seed, how.min_size)
-    return partition.dirichlet(labels, recipe.peers.num_peers, seed, how.min_size, how.alpha)
+    parts: list[Rows] = how.of(partition.Table(labels, column), recipe.peers.num_peers, seed, how.min_size)
+    return parts
 
 
 def validation_shards(
@@ -248,6 +262,10 @@ def evaluation_shard(recipe: Recipe, source: Source, rows: Rows) -> Shard:
     return Shard(source, rows)
 
 
+def no_column(name: str) -> Sequence[object]:
+    raise UserError(f"The toy has no column '{name}'; use a partition by label or by size.")
+
+
 def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
     """Vectors labelled by a random linear teacher."""
     generator = torch_stream(recipe.train.seed, "toy data")
@@ -256,8 +274,10 @@ def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
     source = VectorSource(inputs, (inputs @ teacher).argmax(1))
     held_out, rows = np.arange(400), np.arange(400, TOY_ROWS)
     labels = source.labels.numpy()
-    parts = [rows[part] for part in share_out(recipe, labels[rows])]
+    shared = share_out(recipe, labels[rows], no_column)
+    parts = [rows[part] for part in shared]
     shards = {i: evaluation_shard(recipe, source, held_out) for i in hosted}
     train = {i: Shard(source, parts[i]) for i in hosted}
     names = tuple(str(i) for i in range(TOY_LABELS))
-    return Data(PeerData(train, shards), names, partition.counts([labels[p] for p in parts], TOY_LABELS))
+    counts = partition.counts([labels[p] for p in parts], TOY_LABELS)
+    return Data(PeerData(train, shards), names, counts, len(rows), shared)

@@ -1,22 +1,32 @@
 """Reading recipes: YAML, --set settings, and one sentence where anything is wrong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from dfl_lora.choices import NAME, named, options_of
+from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.recipe import NAME, Recipe, named
+from dfl_lora.graphs import GRAPHS
+from dfl_lora.recipe import Recipe
+from dfl_lora.schedules import SCHEDULES
 
 ALTERNATIVES = (
     {"train.local.steps", "train.local.epochs"},
     {"data.path", "data.per_peer"},
 )
 """Keys of which one drops the other when it is set."""
-BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int")
+TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "data.partition": PARTITIONS,
+    "peers.topology": GRAPHS,
+    "method.schedule": SCHEDULES,
+}
+"""Keys whose value is a row of a table with options; setting another row drops the options of the old one."""
+BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int|<.*>", re.DOTALL)
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -64,6 +74,10 @@ def set_key(content: dict[str, Any], key: str, value: object) -> None:
         child = named(child) if isinstance(child, str) and NAME.fullmatch(child) else child
         inner[parent] = child if isinstance(child, dict) else {}
         inner = inner[parent]
+    table = TABLES.get(".".join(parents), {})
+    if last == "kind" and inner.get("kind") in table:
+        for option in options_of(table[inner["kind"]]):
+            inner.pop(option, None)
     inner[last] = value
 
 
@@ -75,19 +89,23 @@ def drop(content: dict[str, Any], path: Sequence[str]) -> None:
         inner.pop(path[-1], None)
 
 
-def sentence(error: ValidationError) -> str:
-    """Returns the first mistake as one sentence, with the nearest key or the allowed values."""
+def sentence(error: ValidationError, whole: Any = Recipe, at: str = "") -> str:
+    """Returns the first mistake in a value of type `whole` as one sentence, with the nearest key or what is allowed."""
     first, *others = error.errors()
-    place = place_of(first["loc"])
-    branches = [e["msg"] for e in others if place_of(e["loc"]) == place]
+    place = ".".join(filter(None, [at, place_of(first["loc"])]))
+    branches = [e["msg"] for e in others if place_of(e["loc"]) == place_of(first["loc"])]
     follow = len(others) - len(branches)
     more = f" ({follow} more mistakes follow.)" if follow else ""
     if first["type"] == "extra_forbidden":
-        fields = fields_at(first["loc"][:-1])
-        hint = nearest(str(first["loc"][-1]), fields)
+        key, fields = str(first["loc"][-1]), fields_at(whole, first["loc"][:-1])
+        owners = owners_of(key, whole, first["loc"][:-1])
+        hint = f" It is an option of {', '.join(owners)}." if owners else nearest(key, fields)
         return f"unknown key '{place}'; allowed here are {', '.join(fields)}.{hint}{more}"
     if first["type"] == "missing":
         return f"the key '{place}' is required and missing; add it.{more}"
+    if first["type"] == "union_tag_invalid":
+        given, allowed = str(first["ctx"]["tag"])[1:-1], re.findall(r"<([^<>]*)>", str(first["ctx"]["expected_tags"]))
+        return f"{place} is '{given}'; allowed are {', '.join(allowed)}.{nearest(given, allowed)}{more}"
     if first["type"] == "literal_error":
         given = str(first["input"])
         allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
@@ -104,11 +122,40 @@ def place_of(loc: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in loc if not BRANCH.fullmatch(str(part)))
 
 
-def fields_at(loc: Sequence[str | int]) -> list[str]:
-    """Returns the keys allowed at a place of the recipe."""
-    part: type[BaseModel] = Recipe
+def fields_at(whole: Any, loc: Sequence[str | int]) -> list[str]:
+    """Returns the keys allowed at a place of a model, or of a choice from a table."""
+    part = whole
     for key in loc:
-        field = part.model_fields.get(str(key))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            part = field.annotation
+        inner = part_at(part, str(key))
+        part = part if inner is None else inner
     return list(part.model_fields)
+
+
+def owners_of(key: str, whole: Any, loc: Sequence[str | int]) -> list[str]:
+    """Returns the rows of a choice that have an option, where the place is such a row."""
+    part = whole
+    for step in loc[:-1]:
+        inner = part_at(part, str(step))
+        part = part if inner is None else inner
+    return [row.__name__ for row in rows_of(part) if key in row.model_fields]
+
+
+def rows_of(part: Any) -> list[type[BaseModel]]:
+    """Returns the models of a choice from a table; none where the type is no such choice."""
+    return [get_args(row)[0] for row in get_args(part) if get_args(row)]
+
+
+def part_at(part: Any, key: str) -> Any:
+    """Returns the type of a field, or the row of a choice that a tag such as <dirichlet> means."""
+    if isinstance(part, type) and issubclass(part, BaseModel):
+        field = part.model_fields.get(key)
+        return None if field is None else field.annotation
+    return next((row for row in rows_of(part) if f"<{row.__name__}>" == key), None)
+
+
+def parse(kind: Any, value: object, key: str) -> Any:
+    """Returns a choice made from what a user typed outside a recipe, such as the NAME of `topology NAME`."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(sentence(error, get_args(kind)[0], key)) from None

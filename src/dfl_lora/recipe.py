@@ -16,11 +16,14 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dfl_lora.errors import nearest
+from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, choice
+from dfl_lora.data.glue import TASKS
+from dfl_lora.data.partition import PARTITIONS
+from dfl_lora.data.saved import read_saved
 from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
+from dfl_lora.metrics import METRICS
 from dfl_lora.mixing import MIXINGS
-
-Positive = Annotated[int, Field(ge=1)]
+from dfl_lora.schedules import SCHEDULES
 
 
 def expand(value: object) -> object:
@@ -41,31 +44,12 @@ def expand(value: object) -> object:
 PathText = Annotated[str, BeforeValidator(expand)]
 
 
-NAME = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
-
-
-def named(value: object) -> object:
-    """Reads a name with options, `dirichlet(alpha=0.1)`, as the mapping {kind: dirichlet, alpha: 0.1}."""
-    if not isinstance(value, str):
-        return value
-    match = NAME.fullmatch(value)
-    if match is None:
-        raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
-    text, how = match.group(2) or "", f"write {match.group(1)}(option=value)"
-    try:
-        options: dict[object, object] = yaml.safe_load("{" + re.sub(r"([\w-]+)\s*=\s*", r"\1: ", text) + "}")
-    except yaml.YAMLError:
-        raise ValueError(f"'{text}' in '{value}' are no options; {how}") from None
-    for key in options:
-        if not re.search(rf"\b{re.escape(str(key))}\s*=", text):
-            raise ValueError(f"'{key}' in '{value}' is not an option; {how}")
-    return {"kind": match.group(1), **options}
-
-
 class Part(BaseModel):
     """A part of the recipe."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
 
 
 class Model(Part):
@@ -92,8 +76,8 @@ class LoraPart(Part):
     """Module names (suffixes), one regular expression, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
-    init: Literal["kaiming"] = "kaiming"
-    """How A starts; B starts at zero."""
+    init: Literal["kaiming", "orthonormal"] = "kaiming"
+    """How A starts: uniform as in PEFT, or with orthonormal rows; B starts at zero."""
 
 
 class Task(Part):
@@ -101,12 +85,14 @@ class Task(Part):
 
     kind: Literal["classification", "toy"] = "classification"
     """classification of text, or the toy."""
-    name: Literal["sst2", "mnli", "qnli"] | None = None
-    """A known task sets text, label and label names."""
+    name: Literal[*TASKS] | None = None  # type: ignore[valid-type]
+    """A known task of GLUE sets text, label names and metric."""
     text: str | list[str] | None = None
     """The text column, or two for pairs."""
     label: str = "label"
     """The label column: numbers from 0, ClassLabel or strings."""
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    """The names of the labels in the order of their numbers; null: the column's own."""
     format: None = None
     """Conversation format of causal tasks."""
     max_length: Positive = 512
@@ -115,17 +101,20 @@ class Task(Part):
     """The side on which longer rows are cut."""
 
 
-class Partition(Part):
+class Partition(Choice):
     """Which rows belong to which peer."""
 
-    kind: Literal["iid", "dirichlet"] = "iid"
-    """iid: equal shuffled parts; dirichlet: label skew."""
-    alpha: Annotated[float, Field(gt=0)] = 0.5
-    """Dirichlet's concentration: smaller is more skewed."""
     min_size: Positive = 1
     """The fewest rows of any peer."""
     seed: int | None = None
     """null: train.seed."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Writes down which rows a saved partition means, whatever becomes of its file."""
+        if self.kind == "saved" and self.options["sha256"] is None:
+            setattr(self, "sha256", read_saved(Path(self.options["path"])).sha256)  # noqa: B010 - a table's option
+        return self
 
 
 class Data(Part):
@@ -136,12 +125,12 @@ class Data(Part):
     config: str | None = None
     """The configuration of a data set with several, such as sst2 of glue."""
     train: str = "train"
-    """The split that is partitioned."""
+    """The split that is partitioned, or a slice of it such as train[:1000]."""
     validation: PathText = "validation"
     """The split peers are evaluated on, or a path; {i} or {} in it stands for the peer, from 1."""
     per_peer: PathText | None = None
     """A path with {i} or {} for the peer's own training rows, from 1; then nothing is partitioned."""
-    partition: Annotated[Partition, BeforeValidator(named)] = Partition()
+    partition: choice(PARTITIONS, "iid", Partition) = "iid"  # type: ignore[valid-type]
     """How the rows are shared out."""
 
     @model_validator(mode="after")
@@ -155,34 +144,16 @@ class Data(Part):
         return self
 
 
-class Topology(Part):
-    """A graph by name, by its edges, or by its W; files are read once and kept in the resolved recipe."""
-
-    kind: str = "link3"
-    """A named graph, edges or matrix."""
-    path: PathText | None = None
-    """A file of edges (two peers a row) or of W (one row a line)."""
-    edges: list[list[int]] | None = None
-    """The edges themselves."""
-    rows: list[list[float]] | None = None
-    """The rows of W themselves: symmetric and doubly stochastic."""
+class Topology(Choice):
+    """Who talks to whom."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        kinds = [*GRAPHS, "edges", "matrix"]
-        if self.kind not in kinds:
-            raise ValueError(
-                f"unknown topology '{self.kind}'; allowed are {', '.join(kinds)}.{nearest(self.kind, kinds)}"
-            )
-        if self.path is not None and self.kind == "edges":
-            self.edges, self.path = read_edges(Path(self.path)), None
-        if self.path is not None and self.kind == "matrix":
-            self.rows, self.path = read_numbers(Path(self.path)), None
-        wanted = {"edges": "edges", "matrix": "rows"}.get(self.kind)
-        given = [name for name in ("path", "edges", "rows") if getattr(self, name) is not None]
-        if given != ([wanted] if wanted else []):
-            needs = f"needs path or {wanted}" if wanted else "takes no options"
-            raise ValueError(f"the topology {self.kind} {needs}, and {', '.join(given) or 'nothing'} was given")
+        """Reads the file of edges or of W once: the resolved recipe says it all."""
+        for kind, option, read in (("edges", "edges", read_edges), ("matrix", "rows", read_numbers)):
+            if self.kind == kind and self.options["path"] is not None and self.options[option] is None:
+                setattr(self, option, read(Path(str(expand(self.options["path"])))))
+                setattr(self, "path", None)  # noqa: B010 - a table's option
         return self
 
 
@@ -191,19 +162,19 @@ class PeersPart(Part):
 
     num_peers: Positive = 7
     """1 trains alone: the centralised reference."""
-    topology: Annotated[Topology, BeforeValidator(named)] = Topology()
+    topology: choice(GRAPHS, "link3", Topology) = "link3"  # type: ignore[valid-type]
     """The graph."""
     mixing: Literal[*MIXINGS] = "metropolis"  # type: ignore[valid-type]
     """The matrix W on the graph; topology matrix brings its own."""
-    participation: Annotated[float, Field(ge=1, le=1)] = 1.0
-    """The share of peers in a round: all."""
+    participation: Share = 1.0
+    """The share of peers in a round, drawn anew in each; the others neither step nor exchange."""
 
 
 class MethodPart(Part):
     """A point in the product of the axes."""
 
-    schedule: Literal["lora", "freeze_a"] = "lora"
-    """freeze_a is DFL-LoRA: A is drawn once and frozen, so products mix exactly."""
+    schedule: choice(SCHEDULES, "lora") = "lora"  # type: ignore[valid-type]
+    """What is trained and shared in a round; freeze_a is DFL-LoRA."""
     head: Literal["shared", "private", "frozen"] = "shared"
     """Whether the head is trained and mixed, trained and kept, or left at its start."""
     correction: Literal["none"] = "none"
@@ -248,7 +219,7 @@ class Train(Part):
     """Rows of a local step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Its state stays with the peer across rounds."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0e-3
+    learning_rate: PositiveFloat = 1.0e-3
     """At the start."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Decays end at 2 % of learning_rate."""
@@ -269,8 +240,8 @@ class Evaluate(Part):
     """Validation rows, drawn once by the seed; null: all."""
     before_mixing: bool = False
     """Also evaluate between the local steps and the exchange."""
-    metric: Literal["accuracy"] = "accuracy"
-    """The share of rows answered right."""
+    metric: Literal[*METRICS] | None = None  # type: ignore[valid-type]
+    """Reported beside the accuracy; null: the task's own (matthews for cola, f1 for mrpc and qqp)."""
 
 
 class Compute(Part):
@@ -325,6 +296,8 @@ class Recipe(Part):
         content["model"]["name_or_path"] = dict(base)
         for key in ("path", "per_peer", *(["validation"] if is_path(self.data.validation) else [])):
             del content["data"][key]
+        if self.data.partition.kind == "saved":
+            del content["data"]["partition"]["path"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -61,6 +61,8 @@ TOY_CASES = {
     "adamw, clipped": Case(optimizer="adamw", max_grad_norm=0.1),
     "sgd, clipped, private head": Case("lora", "private", "sgd", max_grad_norm=0.1, steps=3, scheduler="linear"),
     "frozen A": Case("freeze_a", scheduler="constant"),
+    "B and A by turns": Case("alternating", scheduler="constant"),
+    "shared A": Case("share_a"),
     "frozen A and head, sgd": Case("freeze_a", "frozen", "sgd", rslora=True),
     "frozen head, dropout": Case("lora", "frozen", dropout=True),
     "frozen A, private head, dropout, adamw": Case("freeze_a", "private", "adamw", dropout=True, max_grad_norm=1.0),

@@ -1,19 +1,22 @@
 """Peers that are absent from a round: nothing of theirs moves, and nobody is pulled."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NUM_PEERS, RandomPeers
 
 from dfl_lora.graphs import GRAPHS, named
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.participation import absence, nobody
+from dfl_lora.peers import Peers
 from dfl_lora.rounds import Method, mix
 from dfl_lora.schedules import SCHEDULES
 
+NUM_PEERS = 7
 SEVEN = ("ring", "complete", "du14", "link4", "link6")
+RandomPeers = Callable[[Method], Peers]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 1.0])

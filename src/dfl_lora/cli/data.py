@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dfl_lora.cli.options import Json, Overwrite, both
+from dfl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from dfl_lora.data.glue import Columns
 
 Kind = Literal["glue", "gsm8k"]
+Task = Annotated[str | None, typer.Option("--task", help="A task of GLUE, for its label names.")]
+Label = Annotated[str | None, typer.Option("--label", help="The label column; 'label' if it is not given.")]
 
 
 def split(
@@ -16,38 +22,76 @@ def split(
     dataset_path: Annotated[str, typer.Option(*both("dataset_path"), help="Folder, file or hub name of the data.")],
     output_path: Annotated[Path, typer.Option(*both("output_path"), help="Where client_1 ... client_N are written.")],
     num_clients: Annotated[int, typer.Option(*both("num_clients"), min=1)] = 7,
-    split_type: Annotated[Literal["iid", "dirichlet"], typer.Option(*both("split_type"))] = "iid",
+    split_type: Annotated[
+        str, typer.Option(*both("split_type"), help="A partition, such as dirichlet or 'shards(per_peer=2)'.")
+    ] = "iid",
     alpha: Annotated[float, typer.Option("--alpha", help="Dirichlet's concentration: smaller is more skewed.")] = 0.25,
     min_size: Annotated[int, typer.Option(*both("min_size"), min=1, help="The fewest rows of a client.")] = 1,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     config: Annotated[str | None, typer.Option("--config", help="Configuration of a data set with several.")] = None,
+    source: Annotated[str, typer.Option("--split", help="The split shared out, or a slice, train[:1000].")] = "train",
+    task: Task = None,
+    label: Label = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Share a data set out to client_1 ... client_N, folders that datasets.load_from_disk reads."""
-    from dfl_lora.data.splits import write_split
+    """Share a data set out to client_1 ... client_N, folders that datasets.load_from_disk reads.
 
-    sizes = write_split(
-        dataset, dataset_path, config, output_path, num_clients, split_type, alpha, min_size, seed, overwrite
-    )
-    print(f"{num_clients} clients in {output_path}: {', '.join(map(str, sizes))} rows")
+    The partitions: iid, dirichlet, quantity, shards, pathological, natural(column=NAME), linear, square,
+    exponential, saved(path=RUN).
+    """
+    from dfl_lora.choices import choice
+    from dfl_lora.data.partition import PARTITIONS
+    from dfl_lora.data.sources import load_rows
+    from dfl_lora.data.splits import earlier, shared_out, write_split
+    from dfl_lora.reading import parse
+
+    if not alpha > 0:
+        raise UserError(f"--alpha is {alpha:g}; Dirichlet needs a number above 0.")
+    how = parse(choice(PARTITIONS, "iid"), split_type, "--split_type")
+    if "alpha" in how.options and "alpha" not in how.model_fields_set:
+        how = how.model_copy(update={"alpha": alpha})
+    earlier(output_path, overwrite)  # before the work
+    columns = columns_of(dataset, task, label)
+    rows = load_rows(dataset_path, config, source)
+    parts = shared_out(rows, columns, dataset_path, how, num_clients, seed, min_size)
+    write_split(rows, parts, output_path, overwrite)
+    print(f"{num_clients} clients in {output_path}: {', '.join(str(len(part)) for part in parts)} rows")
 
 
 def view_split(
     base_path: Annotated[Path, typer.Option(*both("base_path"), help="The folder of client_1 ... client_N.")],
     num_clients: Annotated[int, typer.Option(*both("num_clients"), min=1)],
     dataset_type: Annotated[Kind, typer.Option(*both("dataset_type"))] = "glue",
+    task: Task = None,
+    label: Label = None,
     as_json: Json = False,
 ) -> None:
-    """Show who holds what: a table of rows for each label, and a bar chart beside the folders."""
+    """Show who holds what: a table of rows for each label, how unequal they are, and a bar chart beside the folders."""
+    from dataclasses import asdict
+
+    from dfl_lora.data.shares import shares
     from dfl_lora.data.splits import read_split
 
-    view = read_split(base_path, num_clients, dataset_type)
+    view = read_split(base_path, num_clients, columns_of(dataset_type, task, label))
+    unequal = shares(view.counts)
     if as_json:
-        print(json.dumps({"labels": view.labels, "counts": view.counts}))
+        print(json.dumps({"labels": view.labels, "counts": view.counts, **asdict(unequal)}))
         return
     from rich.console import Console
 
     from dfl_lora.data.splits import chart, table
 
     Console().print(table(view))
+    print(unequal)
     print(f"chart: {chart(view, base_path / 'split.png')}")
+
+
+def columns_of(dataset: Kind, task: str | None, label: str | None) -> "Columns | None":
+    """Returns where the labels are; None for gsm8k, which has none."""
+    from dfl_lora.data.splits import label_columns
+
+    if dataset == "glue":
+        return label_columns(task, label or "label")
+    if task is not None or label is not None:
+        raise UserError("--task and --label have no effect with gsm8k, whose rows have no labels; leave them out.")
+    return None

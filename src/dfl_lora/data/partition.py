@@ -1,91 +1,282 @@
-"""Partitions: which rows belong to which peer. Every peer's rows are drawn from a named stream of the seed."""
+"""Partitions: which rows belong to which peer, by name.
+
+Every row of PARTITIONS takes a table of n rows, the number of peers N, a seed and the fewest rows of a peer, and
+gives each peer its row numbers: disjoint, complete, a function of the seed alone, at least `min_size` each, or one
+sentence that says why that cannot be. Rows of one peer are shuffled.
+
+    label skew   dirichlet      each label shared out by Dirichlet(alpha)        Hsu et al., arXiv 1909.06335
+                 shards         sorted by label, cut, dealt out                  McMahan et al., arXiv 1602.05629
+                 pathological   a fixed number of labels for every peer          Li et al., arXiv 2102.02079
+    size skew    quantity       sizes drawn by Dirichlet(alpha)
+                 linear, square, exponential   sizes 1 : 2 : ... : N, their squares, e : e^2 : ... : e^N
+    given        natural        whole groups of a column's value                 saved   the rows of an earlier run
+
+No torch, datasets or flwr_datasets is imported before rows are drawn: the recipe reads this table.
+"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import ceil
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 from numpy.typing import NDArray
 
-from dfl_lora.data.batches import Rows
+from dfl_lora.choices import Positive, PositiveFloat
+from dfl_lora.data.saved import read_saved
 from dfl_lora.errors import UserError
-from dfl_lora.streams import numpy_stream, stream
 
-DRAWS, DRAWS_EACH = 1000, 11
-Labels = NDArray[np.int64]
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
-
-def iid(labels: Labels, num_peers: int, seed: int, min_size: int) -> list[Rows]:
-    """Returns equal parts of the shuffled rows (flwr-datasets alone would cut them in the order given)."""
-    enough(len(labels), num_peers, min_size)
-    order = numpy_stream(seed, "partition").permutation(len(labels))
-    rows = Dataset.from_dict({"label": labels})
-    return [order[part] for part in partitioned(rows, IidPartitioner(num_partitions=num_peers), num_peers)]
+Rows = NDArray[np.int64]
+DRAWS, DRAWS_EACH, DRAWS_OF_SIZES = 220, 11, 1000
 
 
-def dirichlet(labels: Labels, num_peers: int, seed: int, min_size: int, alpha: float) -> list[Rows]:
-    """Returns rows by label, each label shared out by Dirichlet(alpha); drawn again until all have `min_size`.
+@dataclass(frozen=True)
+class Table:
+    """The rows to share out: their labels [rows] (all 0 where there are none), and any other column by its name."""
 
-    One partitioner gives up after 11 draws, so up to 91 of them, each with a derived seed, make 1,001 draws.
-    """
-    enough(len(labels), num_peers, min_size)
-    rows = Dataset.from_dict({"label": labels})
-    for k in range(ceil(DRAWS / DRAWS_EACH)):
+    labels: Rows
+    column: Callable[[str], Sequence[object]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def iid(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
+    """Equal parts of the shuffled rows."""
+    from flwr_datasets.partitioner import IidPartitioner  # heavy
+
+    enough(table, num_peers, min_size)
+    return cut(
+        generator(seed, "partition").permutation(len(table)), IidPartitioner(num_partitions=num_peers), num_peers
+    )
+
+
+def dirichlet(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: PositiveFloat = 0.5) -> list[Rows]:
+    """Each label shared out by Dirichlet(alpha), smaller is more skewed; drawn again until all have min_size rows."""
+    from flwr_datasets.partitioner import DirichletPartitioner  # heavy
+
+    from dfl_lora.streams import stream  # imports torch
+
+    enough(table, num_peers, min_size)
+    for k in range(DRAWS // DRAWS_EACH):  # one partitioner gives up after 11 draws
         partitioner = DirichletPartitioner(
             num_partitions=num_peers,
             partition_by="label",
             alpha=float(alpha),
-            min_partition_size=max(min_size, 1),
+            min_partition_size=min_size,
             seed=stream(seed, "partition", k) % 2**32,
         )
         with suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return partitioned(rows, partitioner, num_peers)
-    raise unfair(f"Dirichlet({alpha:g})", min_size)
+            return cut(np.arange(len(table)), partitioner, num_peers, table.labels)
+    raise unfair(f"Dirichlet({alpha:g})", min_size, DRAWS)
 
 
-def dirichlet_sizes(num_rows: int, num_peers: int, seed: int, min_size: int, alpha: float) -> list[Rows]:
-    """Returns shuffled rows in parts whose sizes are drawn by Dirichlet(alpha): skew for data without labels."""
-    enough(num_rows, num_peers, min_size)
-
-    def draw(k: int) -> list[Rows]:
-        generator = numpy_stream(seed, "partition", k)
-        shares = generator.dirichlet(np.full(num_peers, alpha))
-        cuts = np.round(np.cumsum(shares)[:-1] * num_rows).astype(int)
-        return list(np.split(generator.permutation(num_rows), cuts))
-
-    for parts in map(draw, range(DRAWS)):
-        if min(map(len, parts)) >= max(min_size, 1):
-            return parts
-    raise unfair(f"Dirichlet({alpha:g}) over sizes", min_size)
+def quantity(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: PositiveFloat = 0.5) -> list[Rows]:
+    """Shuffled rows in parts whose sizes are drawn by Dirichlet(alpha) until all have min_size rows."""
+    enough(table, num_peers, min_size)
+    for k in range(DRAWS_OF_SIZES):
+        drawn = generator(seed, "partition", k)
+        shares = drawn.dirichlet(np.full(num_peers, alpha))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(table)).astype(int)
+        if np.diff(cuts, prepend=0, append=len(table)).min() >= min_size:
+            return list(np.split(drawn.permutation(len(table)), cuts))
+    raise unfair(f"Dirichlet({alpha:g}) over sizes", min_size, DRAWS_OF_SIZES)
 
 
-def enough(num_rows: int, num_peers: int, min_size: int) -> None:
-    if num_rows < num_peers * max(min_size, 1):
+def shards(table: Table, num_peers: int, seed: int, min_size: int, *, per_peer: Positive = 2) -> list[Rows]:
+    """Rows sorted by label, cut into shards of equal size (to a row), per_peer of them dealt to each peer."""
+    enough(table, num_peers, min_size)
+    drawn, num_shards = generator(seed, "partition", "shards"), per_peer * num_peers
+    if num_shards > len(table):
         raise UserError(
-            f"{num_rows} rows cannot give {num_peers} peers at least {max(min_size, 1)} each; "
-            "use fewer peers, a smaller min_size, or more data."
+            f"{len(table)} rows cannot be cut into {num_shards} shards, {per_peer} for each of {num_peers} peers; "
+            "use a smaller per_peer, fewer peers, or more data."
         )
+    order = drawn.permutation(len(table))
+    pieces = np.array_split(order[np.argsort(table.labels[order], kind="stable")], num_shards)
+    hands = drawn.permutation(num_shards).reshape(num_peers, per_peer)
+    parts = [drawn.permutation(np.concatenate([pieces[i] for i in hand])) for hand in hands]
+    return checked(parts, f"shards(per_peer={per_peer})", min_size)
 
 
-def unfair(what: str, min_size: int) -> UserError:
-    return UserError(
-        f"{what} gave no split with at least {max(min_size, 1)} rows for every peer in {DRAWS} draws; "
-        "use a larger alpha, a smaller min_size, or fewer peers."
-    )
+def pathological(
+    table: Table, num_peers: int, seed: int, min_size: int, *, labels_per_peer: Positive = 2
+) -> list[Rows]:
+    """Exactly labels_per_peer labels for every peer; a label's rows go in equal parts to the peers that hold it.
+
+    A peer is given the labels that the fewest peers hold so far, ties drawn, so that none is left out.
+    """
+    enough(table, num_peers, min_size)
+    found, ids, sizes = np.unique(table.labels, return_inverse=True, return_counts=True)
+    what, num_labels = f"pathological(labels_per_peer={labels_per_peer})", len(found)
+    if labels_per_peer > num_labels:
+        raise UserError(f"{what} asks for more labels than the {num_labels} there are; use at most {num_labels}.")
+    if labels_per_peer * num_peers < num_labels:
+        raise UserError(
+            f"{what} leaves {num_labels - labels_per_peer * num_peers} of {num_labels} labels without a peer; "
+            f"use a labels_per_peer of at least {ceil(num_labels / num_peers)}, or more peers."
+        )
+    drawn, holders = generator(seed, "partition", "pathological"), [list[int]() for _ in range(num_labels)]
+    for i in range(num_peers):
+        order = np.lexsort((drawn.random(num_labels), np.array([len(held) for held in holders])))
+        for label in order[:labels_per_peer]:
+            holders[label].append(i)
+    parts = [list[Rows]() for _ in range(num_peers)]
+    for label, held in enumerate(holders):
+        if sizes[label] < len(held):
+            raise UserError(
+                f"{what} gives label {found[label]} to {len(held)} peers, but only {sizes[label]} rows have it; "
+                "use a smaller labels_per_peer, fewer peers, or more data."
+            )
+        rows = drawn.permutation(np.flatnonzero(ids == label))
+        for i, part in zip(held, np.array_split(rows, len(held)), strict=True):
+            parts[i].append(part)
+    return checked([drawn.permutation(np.concatenate(part)) for part in parts], what, min_size)
 
 
-def partitioned(rows: Dataset, partitioner: Partitioner, num_peers: int) -> list[Rows]:
-    """Returns the row numbers that a flwr-datasets partitioner gives each peer."""
-    partitioner.dataset = rows.add_column("row", np.arange(len(rows)))
+def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: str) -> list[Rows]:
+    """Whole groups of a column's value: largest first, each to the peer with the fewest rows, ties drawn."""
+    enough(table, num_peers, min_size)
+    groups = dict[str, list[int]]()
+    for row, value in enumerate(table.column(column)):
+        if value is None:
+            raise UserError(f"Row {row} has no value in column '{column}', so it is in no group; fill or remove it.")
+        groups.setdefault(repr(value), []).append(row)
+    if len(groups) < num_peers:
+        raise UserError(
+            f"Column '{column}' has {len(groups)} different values for {num_peers} peers; "
+            f"use at most {len(groups)} peers, or a column with more values."
+        )
+    drawn, held = generator(seed, "partition", "natural"), [list[int]() for _ in range(num_peers)]
+    names = list(groups)
+    for k in sorted(drawn.permutation(len(names)), key=lambda k: -len(groups[names[k]])):
+        min(held, key=len).extend(groups[names[k]])
+    return checked([drawn.permutation(np.array(rows)) for rows in held], f"natural(column={column})", min_size)
+
+
+def linear(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
+    """Shuffled rows in parts of sizes 1 : 2 : ... : N."""
+    from flwr_datasets.partitioner import LinearPartitioner  # heavy
+
+    return grown("linear", LinearPartitioner(num_peers), table, num_peers, seed, min_size)
+
+
+def square(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
+    """Shuffled rows in parts of sizes 1 : 4 : ... : N^2."""
+    from flwr_datasets.partitioner import SquarePartitioner  # heavy
+
+    return grown("square", SquarePartitioner(num_peers), table, num_peers, seed, min_size)
+
+
+def exponential(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
+    """Shuffled rows in parts of sizes e : e^2 : ... : e^N."""
+    from flwr_datasets.partitioner import ExponentialPartitioner  # heavy
+
+    return grown("exponential", ExponentialPartitioner(num_peers), table, num_peers, seed, min_size)
+
+
+def saved(
+    table: Table, num_peers: int, seed: int, min_size: int, *, path: str, sha256: str | None = None
+) -> list[Rows]:
+    """The rows of an earlier run, from its directory or its partition.json; sha256 says which rows they must be."""
+    given = read_saved(Path(path))
+    if sha256 is not None and given.sha256 != sha256:
+        raise UserError(
+            f"The rows of {path} have the sha256 {given.sha256[:12]}, not {sha256[:12]} as the recipe says; "
+            "give the file the recipe was written with, or drop sha256."
+        )
+    if len(given.rows) != num_peers:
+        raise UserError(f"{path} shares rows out to {len(given.rows)} peers, not {num_peers}; set peers.num_peers.")
+    if given.num_rows != len(table):
+        raise UserError(f"{path} shares out a table of {given.num_rows} rows, not {len(table)}; give the same data.")
+    if not agree(given.counts, [table.labels[rows] for rows in given.rows]):
+        raise UserError(f"{path} counts other labels in these rows than they have; give the same data and labels.")
+    return checked(list(given.rows), f"saved(path={path})", min_size)
+
+
+PARTITIONS: Mapping[str, Callable[..., list[Rows]]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "quantity": quantity,
+    "shards": shards,
+    "pathological": pathological,
+    "natural": natural,
+    "linear": linear,
+    "square": square,
+    "exponential": exponential,
+    "saved": saved,
+}
+BY_LABEL = frozenset({"dirichlet", "shards", "pathological"})
+"""Those that say nothing where rows have no labels."""
+
+
+def generator(seed: int, *name: str | int) -> np.random.Generator:
+    """Returns the generator of a name."""
+    from dfl_lora.streams import numpy_stream  # imports torch
+
+    return numpy_stream(seed, *name)
+
+
+def cut(order: Rows, partitioner: "Partitioner", num_peers: int, labels: Rows | None = None) -> list[Rows]:
+    """Returns the row numbers that a flwr-datasets partitioner gives each peer of the rows in that order."""
+    from datasets import Dataset  # heavy
+
+    columns = {"row": order} if labels is None else {"row": order, "label": labels}
+    partitioner.dataset = Dataset.from_dict(columns)
     parts = [partitioner.load_partition(i).with_format("numpy") for i in range(num_peers)]
     return [np.asarray(part["row"][:], dtype=np.int64) for part in parts]
 
 
-def counts(parts: Sequence[Labels], num_labels: int) -> list[list[int]]:
+def grown(name: str, partitioner: "Partitioner", table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
+    """Returns shuffled rows in parts whose sizes grow with the peer's number; the last takes what rounding leaves."""
+    enough(table, num_peers, min_size)
+    order = generator(seed, "partition", name).permutation(len(table))
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # e^710 is infinite
+            parts = cut(order, partitioner, num_peers)
+    except ValueError:  # an empty part
+        parts = [order[:0]]
+    return checked(parts, name, min_size)
+
+
+def enough(table: Table, num_peers: int, min_size: int) -> None:
+    if len(table) < num_peers * min_size:
+        raise UserError(
+            f"{len(table)} rows cannot give {num_peers} peers at least {min_size} each; "
+            "use fewer peers, a smaller min_size, or more data."
+        )
+
+
+def checked(parts: list[Rows], what: str, min_size: int) -> list[Rows]:
+    smallest = min(map(len, parts))
+    if smallest < min_size:
+        raise UserError(
+            f"{what} leaves a peer with {smallest} rows, fewer than min_size {min_size}; "
+            "use fewer peers, a smaller min_size, or more data."
+        )
+    return parts
+
+
+def unfair(what: str, min_size: int, draws: int) -> UserError:
+    return UserError(
+        f"{what} gave no split with at least {min_size} rows for every peer in {draws} draws; "
+        "use a larger alpha, a smaller min_size, or fewer peers."
+    )
+
+
+def agree(given: Sequence[Sequence[int]], labels: Sequence[Rows]) -> bool:
+    """Tells whether the counts of a file are those of the labels; counts of no labels say nothing."""
+    width = max(map(len, given))
+    return width == 0 or (max(int(part.max()) for part in labels) < width and counts(labels, width) == given)
+
+
+def counts(parts: Sequence[Rows], num_labels: int) -> list[list[int]]:
     """Returns how many rows of each label each peer has [peers][labels]."""
     return [cast(list[int], np.bincount(part, minlength=num_labels).tolist()) for part in parts]

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
+from dfl_lora.choices import Choice
 from dfl_lora.data import partition
-from dfl_lora.data.sources import load_rows
-from dfl_lora.data.tasks import Columns, common_names, label_ids, label_names
-from dfl_lora.errors import UserError
+from dfl_lora.data.glue import TASKS, Columns
+from dfl_lora.data.partition import Rows
+from dfl_lora.data.sources import column
+from dfl_lora.data.tasks import common_names, label_ids, label_names
+from dfl_lora.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -26,32 +30,38 @@ class View:
     counts: list[list[int]]
 
 
-def write_split(
-    dataset: str, path: str, config: str | None, to: Path, num_clients: int,
-    split_type: str, alpha: float, min_size: int, seed: int, overwrite: bool,
-) -> list[int]:  # fmt: skip
-    """Writes the folders, which appear together or not at all, and returns their sizes."""
-    if alpha <= 0:
-        raise UserError(f"--alpha is {alpha:g}; Dirichlet needs a number above 0.")
-    folders = [to / f"client_{i + 1}" for i in range(num_clients)]
-    existing = [f for f in to.glob("client_*") if f.is_dir() and f.name.removeprefix("client_").isdigit()]
-    if existing and not overwrite:
-        raise UserError(
-            f"{to} holds a split already ({existing[0].name}, ...); use --overwrite or another --output_path."
-        )
-    rows = load_rows(path, config, "train")
-    if dataset == "glue":
-        columns = Columns(())
+def label_columns(task: str | None, label: str) -> Columns:
+    """Returns the label column, with the label names of a task of GLUE where one is named."""
+    if task is not None and task not in TASKS:
+        raise UserError(f"Unknown task '{task}'; allowed are {', '.join(TASKS)}.{nearest(task, TASKS)}")
+    return Columns((), label, TASKS[task].names if task else None)
+
+
+def shared_out(
+    rows: Dataset, columns: Columns | None, path: str, how: Choice, num_clients: int, seed: int, min_size: int
+) -> list[Rows]:
+    """Returns the row numbers of each client; without label columns, dirichlet is that of sizes."""
+    if columns is not None:
         labels = label_ids(rows, columns, label_names(rows, columns, path), path)
-        parts = (
-            partition.iid(labels, num_clients, seed, min_size)
-            if split_type == "iid"
-            else partition.dirichlet(labels, num_clients, seed, min_size, alpha)
+    elif how.kind in partition.BY_LABEL - {"dirichlet"}:
+        allowed = [name for name in partition.PARTITIONS if name not in partition.BY_LABEL]
+        raise UserError(
+            f"--split_type {how} needs labels, and gsm8k has none; use dirichlet or quantity (both of sizes), "
+            f"{', '.join(name for name in allowed if name != 'quantity')}."
         )
-    elif split_type == "iid":
-        parts = partition.iid(np.zeros(len(rows), dtype=np.int64), num_clients, seed, min_size)
     else:
-        parts = partition.dirichlet_sizes(len(rows), num_clients, seed, min_size, alpha)
+        labels = np.zeros(len(rows), dtype=np.int64)
+    table = partition.Table(labels, lambda name: column(rows, name, path))
+    if columns is None and how.kind == "dirichlet":
+        return partition.quantity(table, num_clients, seed, min_size, alpha=how.options["alpha"])
+    parts: list[Rows] = how.of(table, num_clients, seed, min_size)
+    return parts
+
+
+def write_split(rows: Dataset, parts: Sequence[Rows], to: Path, overwrite: bool) -> None:
+    """Writes the folders, which appear together or not at all."""
+    folders = [to / f"client_{i + 1}" for i in range(len(parts))]
+    existing = earlier(to, overwrite)
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to, prefix=".split-") as partial:
         for folder, part in zip(folders, parts, strict=True):
@@ -60,15 +70,24 @@ def write_split(
             shutil.rmtree(folder)
         for folder in folders:
             (Path(partial) / folder.name).rename(folder)
-    return [len(part) for part in parts]
 
 
-def read_split(base: Path, num_clients: int, dataset: str) -> View:
+def earlier(to: Path, overwrite: bool) -> list[Path]:
+    """Returns the folders of a split that is there already; raises where it must not be overwritten."""
+    existing = [f for f in to.glob("client_*") if f.is_dir() and f.name.removeprefix("client_").isdigit()]
+    if existing and not overwrite:
+        raise UserError(
+            f"{to} holds a split already ({existing[0].name}, ...); use --overwrite or another --output_path."
+        )
+    return existing
+
+
+def read_split(base: Path, num_clients: int, columns: Columns | None) -> View:
     """Reads the folders back and counts their labels."""
     clients = [read_client(base / f"client_{i + 1}") for i in range(num_clients)]
-    if dataset == "gsm8k":
+    if columns is None:
         return View(("rows",), [[len(rows)] for rows in clients])
-    columns, named = Columns(()), str(base)
+    named = str(base)
     names = common_names(label_names(rows, columns, named) for rows in clients)
     return View(names, partition.counts([label_ids(rows, columns, names, named) for rows in clients], len(names)))
 

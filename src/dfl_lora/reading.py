@@ -75,7 +75,7 @@ def set_key(content: dict[str, Any], key: str, value: object) -> None:
         inner[parent] = child if isinstance(child, dict) else {}
         inner = inner[parent]
     table = TABLES.get(".".join(parents), {})
-    if last == "kind" and inner.get("kind") in table:
+    if last == "kind" and inner.get("kind") in tuple(table):
         for option in options_of(table[inner["kind"]]):
             inner.pop(option, None)
     inner[last] = value

@@ -42,7 +42,7 @@ class Lora:
 
 def kaiming(r: int, d_in: int, generator: torch.Generator) -> Tensor:
     """Returns A [r, d_in] uniform in +-1/sqrt(d_in), as PEFT draws it."""
-    return (2 * torch.rand((r, d_in), generator=generator) - 1) / d_in**0.5
+    return torch.rand((r, d_in), generator=generator).mul_(2).sub_(1).div_(d_in**0.5)
 
 
 def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
@@ -53,7 +53,8 @@ def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
             f"{r}; use a smaller rank or init kaiming."
         )
     q, upper = torch.linalg.qr(torch.randn((d_in, r), generator=generator, dtype=torch.float64))
-    return (q * upper.diagonal().sign()).T.float()
+    rows: Tensor = (q * upper.diagonal().sign()).T
+    return rows.float()
 
 
 INITS = {"kaiming": kaiming, "orthonormal": orthonormal}

@@ -23,6 +23,7 @@ import torch
 from dfl_lora import measures, mixing
 from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
+from dfl_lora.data.shares import shares
 from dfl_lora.errors import UserError
 from dfl_lora.files import sweep, write_atomically
 from dfl_lora.metrics import METRICS, Answers, key_of, recorded
@@ -100,7 +101,7 @@ def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resu
     if len(lines) < done:
         raise UserError(f"{run / 'rounds.jsonl'} has {len(lines)} rounds, the checkpoint {done}; use --overwrite.")
     write_atomically(run / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    write_atomically(run / "partition.json", json.dumps(partition_facts(federation), indent=1).encode())
+    write_atomically(run / "partition.json", partition_text(federation).encode())
     simulation = Simulation(federation, run, observers, MemoryNetwork())
     if checkpoint is not None:
         simulation.start = Start(**checkpoint.kept["start"]) if checkpoint.kept["start"] else None
@@ -282,11 +283,20 @@ def partition_facts(federation: Federation) -> Line:
     return {
         "labels": list(federation.data.labels),
         "counts": federation.data.counts,
+        "num_rows": federation.data.num_rows,
+        **asdict(shares(federation.data.counts)),
         "edges": sorted(federation.graph.edges),
         "topology": federation.recipe.peers.topology.kind,
         "spectral_gap": 1.0 if alone else 1 - mixing.rho(w),
         "expected_consensus": 0.0 if alone else mixing.expected_consensus(w),
     }
+
+
+def partition_text(federation: Federation) -> str:
+    """Returns the content of partition.json, one key a line: the facts, and the rows that repeat the partition."""
+    rows = federation.data.rows
+    content = partition_facts(federation) | {"rows": None if rows is None else [part.tolist() for part in rows]}
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
 
 
 def labels_of(run: Path) -> list[str]:

@@ -40,9 +40,9 @@ class Shares:
         return f"{text}; label skew {self.label_skew:.3g}, effective labels {self.effective_labels:.3g}"
 
 
-def shares(counts: Sequence[Sequence[int]]) -> Shares:
+def shares(counts: Sequence[Sequence[float]]) -> Shares:
     """Returns the statistics of the rows of each label at each peer [peers][labels]."""
-    table = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
+    table = np.array(counts, dtype=np.float64).reshape(len(counts), -1)
     sizes = table.sum(axis=1)
     smallest, largest = int(sizes.min()), int(sizes.max())
     of_rows = Sizes(float(sizes.mean()), smallest, largest, largest / smallest if smallest else None)

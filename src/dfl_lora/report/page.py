@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dfl_lora.data.shares import shares
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
 from dfl_lora.metrics import ends_of, key_of
@@ -124,6 +125,8 @@ def render(run: Run) -> str:
         drawings=drawings(run),
         partition=run.partition,
         graph_facts=graph_facts(run.partition),
+        share_facts=share_facts(run.partition),
+        holdings=holdings(run.partition),
         metrics=[name for _, name in shown(run.summary)],
         peers=peers(run),
         cost=cost(run.summary),
@@ -204,6 +207,23 @@ def graph_facts(partition: Partition | None) -> str:
         return ""
     facts = {"Spectral gap": partition.spectral_gap, "expected consensus": partition.expected_consensus}
     return ", ".join(f"{name} {short(value)}" for name, value in facts.items() if not isnan(value))
+
+
+def share_facts(partition: Partition | None) -> str:
+    """Returns how unequal the rows of the peers are."""
+    return str(shares(partition.counts.tolist())) if partition and partition.labels else ""
+
+
+def holdings(partition: Partition | None) -> list[tuple[int, list[str], str, str]]:
+    """Returns each peer with its rows of each label, its rows, and its share of all rows."""
+    if partition is None or not partition.labels:
+        return []
+    rows = partition.counts.sum(axis=1)
+    shares_of_all = rows / max(1.0, rows.sum())
+    return [
+        (i, [f"{count:,.0f}" for count in counts], f"{rows[i]:,.0f}", f"{shares_of_all[i]:.1%}")
+        for i, counts in enumerate(partition.counts)
+    ]
 
 
 def peers(run: Run) -> list[tuple[int, list[str], str]]:

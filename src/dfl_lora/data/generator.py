@@ -12,6 +12,10 @@ A sentence is an opinion on one domain (films, meals, ...); its label is 1 when 
 The label follows from the derivation, so a perfect reader scores 1.0 and a guess 0.5. Single words carry only part
 of it: negations, denials and contrasts have to be read in order, which is what a language model is there to learn.
 The hash of a sentence decides its split, so that no two splits ever share one, whatever the seeds.
+
+A pair is a premise, one clause and perhaps a fact, and a hypothesis, a clause whose label is that of MNLI:
+0 (entailment) on the same subject with the same meaning, 1 (neutral) on another subject, 2 (contradiction) on the
+same subject with the opposite meaning. The hash of the premise decides its split.
 """
 
 import hashlib
@@ -130,9 +134,28 @@ def sentence(rng: np.random.Generator, domain: Domain, label: int) -> str:
     """Returns one sentence about the domain that means the label."""
     draw = rng.random()
     core = plain(rng, domain, label) if draw < PLAIN else double(rng, domain, label, contrast=draw < PLAIN + CONTRAST)
+    return finished(rng, domain, core)
+
+
+def finished(rng: np.random.Generator, domain: Domain, core: str) -> str:
+    """Returns a sentence with its capital and its full stop, perhaps with a fact that means nothing."""
     if rng.random() < REMARKED:
         core = pick(rng, REMARKS).format(fact=pick(rng, domain.facts), core=core)
-    return core[0].upper() + core[1:] + "."
+    return written(core)
+
+
+def written(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def pair(rng: np.random.Generator, domain: Domain, label: int) -> tuple[str, str]:
+    """Returns a premise, and a hypothesis that follows from it (0), is on something else (1), or denies it (2)."""
+    subject, other = (domain.subjects[i] for i in rng.permutation(len(domain.subjects))[:2])
+    meant, elsewhere = (int(draw) for draw in rng.integers(2, size=2))
+    premise = clause(rng, domain, subject, meant, negated=rng.random() < NEGATED)
+    about, claim = ((subject, meant), (other, elsewhere), (subject, 1 - meant))[label]
+    hypothesis = clause(rng, domain, about, claim, negated=rng.random() < NEGATED)
+    return finished(rng, domain, premise), written(hypothesis)
 
 
 def split_of(text: str) -> str:
@@ -140,11 +163,19 @@ def split_of(text: str) -> str:
     return "validation" if hashlib.sha256(text.encode()).digest()[0] % 5 == 0 else "train"
 
 
-def sentences(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str | int]]:
-    """Returns distinct rows of a sentence, its label and its domain; each pair of rows has one of each label."""
+Rows = list[dict[str, str | int]]
+
+
+def generator(purpose: str, split: str, seed: int) -> np.random.Generator:
+    """Returns the stream of a split, or raises."""
     if split not in SPLITS:
         raise UserError(f"The generator has no split '{split}'; choose one of {', '.join(SPLITS)}.")
-    rng = numpy_stream(seed, "sentences", split)
+    return numpy_stream(seed, purpose, split)
+
+
+def sentences(split: str, num_rows: int, seed: int = 0) -> Rows:
+    """Returns distinct rows of a sentence, its label and its domain; each pair of rows has one of each label."""
+    rng = generator("sentences", split, seed)
     rows: dict[str, dict[str, str | int]] = {}
     label = 0
     while len(rows) < num_rows:
@@ -154,4 +185,19 @@ def sentences(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str | 
         while len(text.split()) not in NUM_WORDS or split_of(text) != split or text in rows:
             text = sentence(rng, domain, label)
         rows[text] = {"sentence": text, "label": label, "domain": domain.name}
+    return list(rows.values())
+
+
+def pairs(split: str, num_rows: int, seed: int = 0) -> Rows:
+    """Returns rows of a distinct premise, a hypothesis, the label and the domain; each three have one of each label."""
+    rng = generator("pairs", split, seed)
+    rows: dict[str, dict[str, str | int]] = {}
+    labels = list[int]()
+    while len(rows) < num_rows:
+        labels = labels or rng.permutation(3).tolist()
+        domain, label = DOMAINS[int(rng.integers(len(DOMAINS)))], labels.pop()
+        premise, hypothesis = pair(rng, domain, label)
+        while split_of(premise) != split or premise in rows:
+            premise, hypothesis = pair(rng, domain, label)
+        rows[premise] = {"premise": premise, "hypothesis": hypothesis, "label": label, "domain": domain.name}
     return list(rows.values())

@@ -1,79 +1,154 @@
-"""Where rows come from: the built-in generator, files, folders (also save_to_disk), and hub names."""
+"""Where rows come from: the built-in generator, files, folders (also save_to_disk), and hub names.
 
+A file is one table, whichever split is asked for. Of a .tsv, quotation marks are text and no field holds a tab
+or a new line, as in GLUE's own files. The split `validation` of data that has two, as MNLI, is validation_matched.
+"""
+
+import csv
+import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, ReadInstruction, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from pandas.errors import EmptyDataError, ParserWarning
 
-from dfl_lora.data.generator import sentences
+from dfl_lora.data.generator import Rows, pairs, sentences
 from dfl_lora.errors import UserError, nearest
 
 datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said in our own sentence
 BUILTIN = "builtin/sentences"
+BUILTINS: dict[str, Callable[[str, int], Rows]] = {BUILTIN: sentences, "builtin/pairs": pairs}
 BUILTIN_ROWS = {"train": 4000, "validation": 500}
-READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+TABLE: dict[str, Any] = {"index_col": False}  # else a row longer than the header moves every value by a column
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", TABLE),
+    ".tsv": ("csv", TABLE | {"sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
+PLACES = f"a folder, a {', '.join(READERS)} file, a save_to_disk folder, {', '.join(BUILTINS)}"
+SLICE = re.compile(r"([^\[\]+]+)(\[[^\[\]]*\])?")
 
 
 def load_rows(path: str, config: str | None, split: str) -> Dataset:
     """Returns the rows of one split; raises a sentence that names what is there where it cannot."""
-    if path == BUILTIN:
-        if split not in BUILTIN_ROWS:
-            raise UserError(f"{BUILTIN} has no split '{split}'; it has {', '.join(BUILTIN_ROWS)}.")
-        return Dataset.from_list(sentences(split, BUILTIN_ROWS[split]))
     place = Path(path).expanduser()
+    if config is not None and (path in BUILTINS or place.is_file()):
+        raise UserError(f"The configuration '{config}' has no effect on '{path}', which has none; remove it.")
     try:
-        loaded = read(place, config) if place.exists() else load_dataset(path, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)
+            loaded = read(path, place, config)
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; each means that these rows are not to be had
-        detail = " ".join(str(error).split()) or type(error).__name__
         which = f" (config {config})" if config else ""
-        raise UserError(
-            f"Cannot load data from '{path}'{which}: {detail} Give a folder, a .parquet, .csv or .jsonl file, "
-            f"a save_to_disk folder, {BUILTIN}, or a hub name with the network on."
-        ) from None
-    return pick(loaded, split, path)
+        broken = place.is_file() or isinstance(error, DatasetGenerationError)
+        advice = (
+            "; correct it, or give other data." if broken else f". Give {PLACES}, or a hub name with the network on."
+        )
+        raise UserError(f"Cannot load data from '{path}'{which}: {reason(error, place)}{advice}") from None
+    rows = pick(loaded, split, path)
+    if not len(rows):
+        raise UserError(f"'{path}' has no rows in '{split}'; give data, a split or a slice that has some.")
+    return rows
 
 
-def read(place: Path, config: str | None) -> Dataset | Mapping[str, Dataset]:
-    """Reads a file or a folder."""
+def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, Dataset]:
+    """Reads what is built in, a file, a folder, or what the hub has."""
+    if path in BUILTINS:
+        return builtin(path)
+    if not place.exists():
+        return load_dataset(path, config)
     if place.is_file():
         if place.suffix not in READERS:
             raise UserError(f"Cannot read {place}: the ending must be one of {', '.join(READERS)}.")
-        return load_dataset(READERS[place.suffix], data_files=str(place), split="train")
+        reader, options = READERS[place.suffix]
+        return load_dataset(reader, data_files=str(place), split="train", **options)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         return load_from_disk(str(place))
-    return load_dataset(str(place), config)
+    endings = {file.suffix for file in place.rglob("*") if file.suffix in READERS}
+    options = READERS[endings.pop()][1] if len(endings) == 1 else {}
+    return load_dataset(str(place), config, **options)
 
 
-SLICE = re.compile(r"([^\[\]]+)(\[.*\])?")
+@cache
+def builtin(path: str) -> Mapping[str, Dataset]:
+    """Returns the splits of a built-in table."""
+    return {split: Dataset.from_list(BUILTINS[path](split, count)) for split, count in BUILTIN_ROWS.items()}
+
+
+def reason(error: BaseException, place: Path) -> str:
+    """Returns what is wrong with the data, in the words of the library where they say it best."""
+    chain = [error]
+    while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(behind)
+    kinds = tuple(map(type, chain))
+    if UnicodeDecodeError in kinds:
+        return "its text is not in UTF-8"
+    if {EmptyDataError, StopIteration, IndexError} & set(kinds) or "corresponds to no data" in str(error):
+        return "it has no rows"
+    if ParserWarning in kinds:
+        return "its rows have more values than its header has names"
+    if place.suffix == ".jsonl" and place.is_file() and (found := broken_line(place)):
+        return found
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+    text = " ".join(str(cause).split()).removeprefix("Error tokenizing data. C error: ")
+    return text.rstrip(".") or type(error).__name__
+
+
+def broken_line(place: Path) -> str | None:
+    """Returns which line of a .jsonl file is no JSON object, counted from 1; None where all are."""
+    with place.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON ({error.msg} at character {error.pos + 1})"
+            if not isinstance(row, dict):
+                return f"line {number} is JSON, but no object such as {{...}}"
+    return None
 
 
 def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Dataset:
     """Returns the split of a dictionary of splits, or the table where there is only one; `train[:1000]` is a slice."""
     match = SLICE.fullmatch(split)
-    name = match.group(1) if match else split
-    if not isinstance(loaded, Dataset) and name not in loaded:
+    if match is None:
+        raise UserError(
+            f"'{split}' is no split; write a name, or a slice of it such as train[:1000] or train[10%:20%]."
+        )
+    name, cut = match.groups()
+    if isinstance(loaded, Dataset):
+        rows = loaded
+    elif name in loaded:
+        rows = loaded[name]
+    elif name == "validation" and "validation_matched" in loaded:
+        rows = loaded["validation_matched"]
+    else:
         raise UserError(f"'{path}' has no split '{name}'; it has {', '.join(loaded)}.{nearest(name, loaded)}")
-    rows = loaded if isinstance(loaded, Dataset) else loaded[name]
-    if match is None or match.group(2) is None:
+    if cut is None:
         return rows
     try:
-        (part,) = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"'{split}' is no slice of the {len(rows)} rows of '{path}': {error}.") from None
+        (part,) = ReadInstruction.from_spec(f"rows{cut}").to_absolute({"rows": len(rows)})
+    except (ValueError, AssertionError):
+        raise UserError(
+            f"'{split}' is no slice of the {len(rows)} rows of '{path}'; "
+            f"write such as {name}[:1000], {name}[-500:] or {name}[10%:20%]."
+        ) from None
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
 def peer_path(template: str, peer: int) -> str:
     """Returns the path of a peer (ids from 0) from a template with {i} or {}, which count from 1."""
     return template.replace("{i}", str(peer + 1)).replace("{}", str(peer + 1))
-
-
-def is_template(path: str) -> bool:
-    return "{i}" in path or "{}" in path
 
 
 def column(rows: Dataset, name: str, path: str) -> list[object]:
@@ -83,4 +158,7 @@ def column(rows: Dataset, name: str, path: str) -> list[object]:
             f"'{path}' has no column '{name}'; its columns are {', '.join(rows.column_names)}."
             f"{nearest(name, rows.column_names)}"
         )
-    return list(rows[name])
+    try:
+        return list(rows[name])
+    except UnicodeDecodeError:  # of .jsonl files the library finds it out this late
+        raise UserError(f"The text in column '{name}' of '{path}' is not in UTF-8; save it in UTF-8.") from None

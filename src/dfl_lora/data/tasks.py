@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -22,24 +22,45 @@ from dfl_lora.data.glue import Columns as Columns
 from dfl_lora.data.sources import column
 from dfl_lora.errors import UserError
 
+MOST_LABELS = 1000
+"""A column that would make more labels is taken for a mistake, such as the numbers of the rows."""
+
 
 def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
     """Returns the names of the labels: the task's, the column's ClassLabel names, or the values found."""
-    values = column(rows, columns.label, path)
-    feature = rows.features[columns.label]
+    values, feature = label_values(rows, columns.label, path), rows.features[columns.label]
     if columns.names is not None:
         return columns.names
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    if all(isinstance(v, str) for v in values):
-        return tuple(sorted({str(v) for v in values}))
-    numbers = [v for v in values if isinstance(v, int)]
-    if not numbers:
+    texts, numbers = {v for v in values if isinstance(v, str)}, [v for v in values if isinstance(v, int)]
+    count = len(texts) or 1 + max(numbers)
+    if count > MOST_LABELS:
         raise UserError(
-            f"Column '{columns.label}' of '{path}' holds no labels but {values[0]!r}; "
-            "labels are whole numbers from 0, names, or a ClassLabel."
+            f"Column '{columns.label}' of '{path}' would make {count:,} labels, such as {values[0]!r} and "
+            f"{values[-1]!r}, but at most {MOST_LABELS:,} are allowed; name the column of the labels in task.label."
         )
-    return tuple(str(i) for i in range(1 + max(numbers)))
+    return tuple(sorted(texts)) if texts else tuple(str(i) for i in range(count))
+
+
+def label_values(rows: Dataset, name: str, path: str) -> list[str | int]:
+    """Returns a label column of names or whole numbers; raises with the first row that has neither."""
+    values = column(rows, name, path)
+    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int)]
+    if wrong:
+        row = (
+            values.index(None) if None in values else wrong[0]
+        )  # csv makes whole numbers fractions beside an empty one
+        raise UserError(
+            f"Row {row} of '{path}' has the label {values[row]!r} in column '{name}'; labels are names or whole "
+            "numbers from 0: correct it, or name another column in task.label."
+        )
+    if all(v == -1 for v in values):
+        raise UserError(
+            f"Every row of '{path}' has the label -1 in column '{name}', which says that this split has no labels, "
+            "as those for testing in GLUE; use another split, such as validation."
+        )
+    return cast(list[str | int], values)
 
 
 def fixed_names(rows: Dataset, columns: Columns) -> bool:
@@ -57,15 +78,22 @@ def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 def label_ids(
     rows: Dataset, columns: Columns, names: Sequence[str], path: str
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Returns the labels as numbers; raises with the first row whose label is not one of `names`."""
-    values = column(rows, columns.label, path)
+    """Returns the labels as numbers; raises with the first row whose label is not one of `names`.
+
+    The numbers of a ClassLabel that shares names with `names` count as those names: their order may be another.
+    """
+    values, feature = label_values(rows, columns.label, path), rows.features[columns.label]
+    if isinstance(feature, ClassLabel) and not set(feature.names).isdisjoint(names):
+        own = dict(enumerate(feature.names))
+        values = [own.get(v, v) if isinstance(v, int) else v for v in values]
     numbers = {name: i for i, name in enumerate(names)}
     ids = [numbers.get(v, -1) if isinstance(v, str) else v for v in values]
     for row, i in enumerate(ids):
-        if not isinstance(i, int) or not 0 <= i < len(names):
+        if not 0 <= i < len(names):
+            more = ", ..." if len(names) > 10 else ""
             raise UserError(
                 f"Row {row} of '{path}' has the label {values[row]!r} in column '{columns.label}'; "
-                f"allowed are 0 to {len(names) - 1} or {', '.join(names)}."
+                f"allowed are 0 to {len(names) - 1} or {', '.join(names[:10])}{more}."
             )
     return np.asarray(ids, dtype=np.int64)
 
@@ -123,8 +151,10 @@ class Tokenization:
 def text_of(rows: Dataset, name: str, path: str) -> list[str]:
     """Returns a text column; raises with the first row that has none."""
     values = column(rows, name, path)
-    if None in values:
-        raise UserError(f"Row {values.index(None)} of '{path}' has no text in column '{name}'; fill or remove it.")
+    for row, v in enumerate(values):
+        if not isinstance(v, str | int | float):  # a table may hold a text such as 42 as a number
+            found = "no text" if v is None else f"a {type(v).__name__}, not a text,"
+            raise UserError(f"Row {row} of '{path}' has {found} in column '{name}'; correct or remove it.")
     return [str(v) for v in values]
 
 

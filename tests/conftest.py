@@ -16,7 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     caches = tempfile.TemporaryDirectory(prefix="dfl-lora-tests-")
     config.add_cleanup(caches.cleanup)
     config.stash[CACHES] = Path(caches.name)
-    config.addinivalue_line("filterwarnings", "ignore:unclosed file .*csv:ResourceWarning")  # datasets' csv reader
+    config.addinivalue_line("filterwarnings", "ignore:unclosed file .*[ct]sv:ResourceWarning")  # datasets' csv reader
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "DFL_LORA_MODEL"):
         os.environ.pop(name, None)
     os.environ |= {"HF_HOME": f"{caches.name}/hf", "HF_HUB_OFFLINE": "1", "DFL_LORA_CACHE": f"{caches.name}/dfl-lora"}

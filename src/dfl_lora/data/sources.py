@@ -143,7 +143,7 @@ def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Data
             f"'{split}' is no slice of the {len(rows)} rows of '{path}'; "
             f"write such as {name}[:1000], {name}[-500:] or {name}[10%:20%]."
         ) from None
-    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+    return rows.select(range(len(rows))[part.from_ : part.to] or [])  # the library refuses a range that is empty
 
 
 def peer_path(template: str, peer: int) -> str:

@@ -1,6 +1,8 @@
 """The recipe: every key is read strictly, resolved once, and counted in the digest unless it is one machine's own."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +77,11 @@ def test_every_key_of_the_contract_is_read_and_the_first_values_are_the_defaults
     [
         "lora.target_modules=all-linear", r"lora.target_modules='.*\.(first|second)'", "lora.use_rslora=true",
         "task.name=mnli", "task.name=qnli", "task.text=[premise, hypothesis]", "task.truncation_side=left",
-        "data.partition=dirichlet", "peers.topology=du14", "peers.topology=link7", "peers.topology=complete",
+        "data.partition=dirichlet", "data.partition=shards", "data.partition=linear", "peers.topology=du14",
+        "peers.topology=star", "peers.topology=none", "peers.mixing=lazy", "peers.participation=0.5",
+        "method.schedule=alternating", "method.schedule=share_a", "lora.init=orthonormal", "task.labels=[bad, good]",
+        "evaluate.metric=f1", "evaluate.metric=matthews", "evaluate.metric=loss", "task.name=cola", "task.name=mrpc",
+ "peers.topology=link7", "peers.topology=complete",
         "method.schedule=freeze_a", "method.head=private", "method.head=frozen", "train.local.epochs=2",
         "train.order=seed", "train.optimizer=adamw", "train.optimizer=sgd", "train.lr_scheduler_type=linear",
         "train.lr_scheduler_type=constant", "train.max_grad_norm=1.0", "train.dropout=true", "evaluate.rows=10",
@@ -96,8 +102,8 @@ def test_a_value_of_the_contract_is_accepted_and_kept(setting: str) -> None:
     ("key", "nearest"),
     [
         ("trian", "train"), ("model.name_or_pth", "name_or_path"), ("lora.target_module", "target_modules"),
-        ("task.maxlength", "max_length"), ("data.valdation", "validation"), ("data.partition.alhpa", "alpha"),
-        ("peers.num_peer", "num_peers"), ("peers.topology.edge", "edges"), ("method.schedul", "schedule"),
+        ("task.maxlength", "max_length"), ("data.valdation", "validation"), ("data.partition.min_sise", "min_size"),
+        ("peers.num_peer", "num_peers"), ("method.schedul", "schedule"),
         ("train.learning_rat", "learning_rate"), ("train.local.step", "steps"), ("evaluate.row", "rows"),
         ("compute.thread", "threads"), ("output.checkpoint_evry", "checkpoint_every"),
     ],
@@ -142,15 +148,23 @@ def test_a_missing_required_key_is_named(key: str) -> None:
         ("train.local=[1]", ("train.local", "[1]")),
         ("train.learning_rate=-1", ("train.learning_rate", "greater than 0", "-1")),
         ("peers.num_peers=0", ("peers.num_peers", "given: 0")),
-        ("peers.participation=0.5", ("peers.participation", "0.5")),
+        ("peers.participation=1.5", ("peers.participation", "1.5")),
+        ("peers.participation=0", ("peers.participation", "greater than 0")),
         ("data.partition=dirichlet(alpha=0)", ("data.partition.alpha", "greater than 0")),
         ("data.partition=dirichlet(alpha)", ("'alpha'", "dirichlet(option=value)")),
         ("data.partition=dirichlet(beta=1)", ("unknown key 'data.partition.beta'", "alpha")),
         ("data.partition=a b", ("'a b' is not a name",)),
-        ("peers.topology=ringg", ("unknown topology 'ringg'", "du14", "Did you mean 'ring'?")),
+        ("peers.topology=ringg", ("peers.topology is 'ringg'", "du14", "Did you mean 'ring'?")),
         ("peers.topology=ring(k=2)", ("unknown key 'peers.topology.k'",)),
-        ("peers.topology=edges", ("edges needs path or edges", "nothing was given")),
-        ("peers.topology={kind: ring, edges: [[0, 1]]}", ("ring takes no options", "edges was given")),
+        ("peers.topology={kind: ring, edges: [[0, 1]]}", ("'peers.topology.edges'", "It is an option of edges")),
+        ("peers.topology={edges: [[0, 1]]}", ("'peers.topology.edges'", "It is an option of edges")),
+        ("data.partition=iid(alpha=0.1)", ("'data.partition.alpha'", "It is an option of dirichlet, quantity")),
+        ("data.partition=shards(per_peer=0)", ("data.partition.per_peer", "greater than or equal to 1")),
+        ("data.partition=natural", ("'data.partition.column'", "required")),
+        ("method.schedule=alternating(mix=none)", ("method.schedule.mix is 'none'", "both, trained")),
+        ("method.schedule=lora(period=2)", ("'method.schedule.period'", "It is an option of alternating")),
+        ("peers.topology=erdos_renyi(p=1.5)", ("peers.topology.p", "given: 1.5")),
+        ("peers.topology=7", ("peers.topology is '7'", "link3")),
         ("output.report_to=[wandb]", ("output.report_to", "wandb")),
         ("name=a/b", ("name", "a/b")),
         ("data.path=null", ("give path", "per_peer")),
@@ -356,7 +370,7 @@ def test_an_edge_list_is_read_from_a_file_and_kept_in_the_recipe(name: str, tmp_
     as_string = with_settings(f"peers.topology=edges(path={path})")
     path.unlink()
     assert as_string.peers.topology.model_dump() == {
-        "kind": "edges", "path": None, "edges": [[0, 1], [1, 2]], "rows": None,
+        "kind": "edges", "path": None, "edges": [[0, 1], [1, 2]],
     }  # fmt: skip
     assert resolve(yaml.safe_load(as_string.to_yaml())) == as_string
 
@@ -416,3 +430,34 @@ def test_the_recipes_of_the_project_are_read(path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("DFL_LORA_DATA", raising=False)
     recipe = load_recipe(path)
     assert recipe.name and resolve(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [
+        ((), "accuracy"), (("task.name=sst2",), "accuracy"), (("task.name=cola",), "matthews"),
+        (("task.name=mrpc",), "f1"), (("task.name=qqp",), "f1"), (("task.name=qqp", "evaluate.metric=loss"), "loss"),
+    ],
+)  # fmt: skip
+def test_the_metric_is_the_tasks_own_unless_another_is_asked_for(settings: tuple[str, ...], metric: str) -> None:
+    assert with_settings(*settings).evaluate.metric == metric
+
+
+def test_setting_another_row_of_a_table_drops_the_options_of_the_old_one() -> None:
+    recipe = with_settings("data.partition=dirichlet(alpha=0.1, min_size=5)", "data.partition.kind=shards")
+    assert recipe.model_dump()["data"]["partition"] == {"kind": "shards", "per_peer": 2, "min_size": 5, "seed": None}
+
+
+def test_a_setting_of_an_option_before_its_row_is_kept() -> None:
+    recipe = with_settings("method.schedule.period=4", "method.schedule.kind=alternating")
+    assert recipe.method.schedule.options == {"period": 4, "mix": "both"}
+
+
+def test_reading_recipes_loads_neither_torch_nor_datasets() -> None:
+    code = (
+        "import sys; from pathlib import Path; from dfl_lora.reading import load_recipe; "
+        f"load_recipe(Path({str(Path(__file__).parents[1] / 'recipes' / 'demo.yaml')!r})); "
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'flwr_datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

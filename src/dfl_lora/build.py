@@ -21,7 +21,7 @@ from dfl_lora.models.placement import Lora, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
 from dfl_lora.peers import Peers
-from dfl_lora.recipe import Compute, Evaluate, Recipe, is_path
+from dfl_lora.recipe import Compute, Recipe, is_path
 from dfl_lora.rounds import Method
 from dfl_lora.streams import numpy_stream, torch_stream
 
@@ -57,8 +57,7 @@ class Federation:
 
 def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
     """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
-    compute, evaluate = resolve_compute(recipe.compute, learner, recipe.train.dropout), resolve_metric(recipe)
-    recipe = recipe.model_copy(update={"compute": compute, "evaluate": evaluate})
+    recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
     graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
@@ -121,12 +120,6 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
         device="cpu",
         threads=torch.get_num_threads() if compute.threads == "auto" else compute.threads,
     )
-
-
-def resolve_metric(recipe: Recipe) -> Evaluate:
-    """Returns what peers are evaluated by: what the recipe says, or else the task's own metric."""
-    own = tasks.TASKS[recipe.task.name].metric if recipe.task.name else "accuracy"
-    return recipe.evaluate.model_copy(update={"metric": recipe.evaluate.metric or own})
 
 
 def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:

@@ -95,7 +95,7 @@ def sentence(error: ValidationError, whole: Any = Recipe, at: str = "") -> str:
     place = ".".join(filter(None, [at, place_of(first["loc"])]))
     branches = [e["msg"] for e in others if place_of(e["loc"]) == place_of(first["loc"])]
     follow = len(others) - len(branches)
-    more = f" ({follow} more mistakes follow.)" if follow else ""
+    more = f" ({follow} more {'mistake follows' if follow == 1 else 'mistakes follow'}.)" if follow else ""
     if first["type"] == "extra_forbidden":
         key, fields = str(first["loc"][-1]), fields_at(whole, first["loc"][:-1])
         owners = owners_of(key, whole, first["loc"][:-1])

@@ -290,6 +290,14 @@ class Recipe(Part):
     digest: str | None = None
     """Written by a run. Where it is given, it must be the recipe's own."""
 
+    @model_validator(mode="after")
+    def resolve_metric(self) -> Self:
+        """Writes down the task's own metric where none is asked for."""
+        if self.evaluate.metric is None:
+            own = TASKS[self.task.name].metric if self.task.name else "accuracy"
+            self.evaluate = self.evaluate.model_copy(update={"metric": own})
+        return self
+
     def digest_with(self, base: Mapping[str, str]) -> str:
         """Returns the sha256 of the canonical JSON, with the base model given by its digests."""
         content = self.model_dump(mode="json", exclude={"compute", "output", "digest"})

@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from flwr_datasets.partitioner import DirichletPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from dfl_lora.data import partition
 from dfl_lora.data.batches import Order, Shard, TokenSource, VectorSource, evaluation_batches
 from dfl_lora.data.sources import BUILTIN, load_rows, peer_path
-from dfl_lora.data.splits import View, chart, read_client, read_split, table, write_split
 from dfl_lora.data.tasks import TASKS, Columns, Tokenization, label_ids, label_names
 from dfl_lora.errors import UserError
-from dfl_lora.streams import stream
 from encoders import tokenizer_of
 from tiny import labelled
 
@@ -344,126 +339,6 @@ def test_evaluation_reads_every_row_once_shortest_first(lengths: list[int], batc
     assert sorted(read) == sorted((source.offsets[:-1] + 1).tolist())
     widths = [batch.inputs["attention_mask"].sum(1).max().item() for batch in batches]
     assert widths == sorted(widths)
-
-
-def labels_of(num_rows: int, num_labels: int = 2) -> partition.Labels:
-    return np.arange(num_rows, dtype=np.int64) % num_labels
-
-
-def everyone_once(parts: list[np.ndarray[tuple[int], np.dtype[np.int64]]], num_rows: int) -> bool:
-    return sorted(np.concatenate(parts).tolist()) == list(range(num_rows))
-
-
-def same(
-    one: list[np.ndarray[tuple[int], np.dtype[np.int64]]], other: list[np.ndarray[tuple[int], np.dtype[np.int64]]]
-) -> bool:
-    return [part.tolist() for part in one] == [part.tolist() for part in other]
-
-
-def test_iid_parts_are_equal_shuffled_and_a_function_of_the_seed() -> None:
-    labels = labels_of(100)
-    parts = partition.iid(labels, 7, 0, 1)
-    assert everyone_once(parts, 100) and {len(part) for part in parts} == {14, 15}
-    assert all(part.tolist() != sorted(part.tolist()) for part in parts)
-    assert max(part.max() - part.min() for part in parts) > 50
-    assert same(parts, partition.iid(labels, 7, 0, 1)) and not same(parts, partition.iid(labels, 7, 1, 1))
-
-
-def test_dirichlet_parts_are_skewed_reach_min_size_and_are_a_function_of_the_seed() -> None:
-    labels = labels_of(600, 3)
-    parts = partition.dirichlet(labels, 5, 0, 20, 0.2)
-    assert everyone_once(parts, 600) and min(map(len, parts)) >= 20
-    shares = np.array(partition.counts([labels[part] for part in parts], 3)) / [[len(part)] for part in parts]
-    assert shares.max() > 0.8
-    assert same(parts, partition.dirichlet(labels, 5, 0, 20, 0.2))
-    assert not same(parts, partition.dirichlet(labels, 5, 1, 20, 0.2))
-
-
-def test_a_larger_alpha_is_less_skewed() -> None:
-    def spread(alpha: float) -> float:
-        parts = partition.dirichlet(labels_of(600), 4, 0, 1, alpha)
-        return float(np.std([part.size for part in parts]))
-
-    assert spread(1000.0) < spread(0.3)
-
-
-def test_dirichlet_draws_again_where_one_partitioner_gives_up() -> None:
-    """Seeds of which the first partitioner fails after its 11 draws, as at alpha 0.1 on SST-2."""
-    labels, seen = labels_of(200), 0
-    for seed in range(12):
-        alone = DirichletPartitioner(
-            num_partitions=5, partition_by="label", alpha=0.1, min_partition_size=12,
-            seed=stream(seed, "partition", 0) % 2**32,
-        )  # fmt: skip
-        alone.dataset = Dataset.from_dict({"label": labels})
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                alone.load_partition(0)
-        except ValueError:
-            seen += 1
-            parts = partition.dirichlet(labels, 5, seed, 12, 0.1)
-            assert min(map(len, parts)) >= 12 and everyone_once(parts, 200)
-        if seen == 2:
-            return
-    pytest.fail("no seed made the partitioner fail: make the case harder")
-
-
-def test_a_split_that_no_draw_gives_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match=r"Dirichlet\(0.01\) gave no split with at least 10 rows .* in 1000 draws; use"):
-        partition.dirichlet(labels_of(30), 3, 0, 10, 0.01)
-    with pytest.raises(UserError, match=r"Dirichlet\(0.01\) over sizes gave no split with at least 10 rows"):
-        partition.dirichlet_sizes(30, 3, 0, 10, 0.01)
-
-
-@pytest.mark.parametrize("draw", [
-    lambda n, peers, least: partition.iid(labels_of(n), peers, 0, least),
-    lambda n, peers, least: partition.dirichlet(labels_of(n), peers, 0, least, 1.0),
-    lambda n, peers, least: partition.dirichlet_sizes(n, peers, 0, least, 1.0),
-])  # fmt: skip
-def test_more_peers_than_rows_is_an_error(draw: Callable[[int, int, int], object]) -> None:
-    with pytest.raises(UserError, match="5 rows cannot give 6 peers at least 1 each; use fewer peers"):
-        draw(5, 6, 1)
-    with pytest.raises(UserError, match="5 rows cannot give 2 peers at least 3 each"):
-        draw(5, 2, 3)
-    assert draw(12, 2, 1)
-
-
-def test_sizes_are_skewed_where_there_are_no_labels() -> None:
-    parts = partition.dirichlet_sizes(500, 4, 0, 10, 0.5)
-    assert everyone_once(parts, 500) and min(map(len, parts)) >= 10
-    assert max(map(len, parts)) > 2 * min(map(len, parts))
-    assert same(parts, partition.dirichlet_sizes(500, 4, 0, 10, 0.5))
-    assert not same(parts, partition.dirichlet_sizes(500, 4, 1, 10, 0.5))
-
-
-def test_counts_say_how_many_rows_of_each_label_each_peer_has() -> None:
-    assert partition.counts([np.array([0, 0, 2]), np.array([1])], 4) == [[2, 0, 1, 0], [0, 1, 0, 0]]
-
-
-def test_a_split_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path, to = str(csv(tmp_path)), tmp_path / "out"
-    assert write_split("glue", path, None, to, 3, "dirichlet", 1.0, 2, 0, False) == [
-        len(read_client(to / f"client_{i}")) for i in (1, 2, 3)
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="holds a split already"):
-        write_split("glue", path, None, to, 3, "iid", 1.0, 1, 0, False)
-    view = read_split(to, 3, "glue")
-    assert view.labels == ("0", "1") and sum(map(sum, view.counts)) == 12
-
-
-def test_a_client_folder_of_several_splits_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds several splits"):
-        read_client(saved_splits(tmp_path))
-
-
-def test_the_table_and_the_chart_of_a_split_show_every_client(tmp_path: Path) -> None:
-    view = View(("no", "yes"), [[3, 1], [0, 4]])
-    shown = table(view)
-    assert [list(column.cells) for column in shown.columns] == [
-        ["client_1", "client_2"], ["3", "0"], ["1", "4"], ["4", "4"], ["50.0%", "50.0%"],
-    ]  # fmt: skip
-    assert chart(view, tmp_path / "split.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(

@@ -195,7 +195,7 @@ def test_a_key_that_is_no_word_is_an_error() -> None:
 
 
 def test_several_mistakes_are_told_by_the_first_and_counted() -> None:
-    assert "(1 more mistakes follow.)" in message(shortest(), "lora.r=0", "train.rounds=0")
+    assert "(1 more mistake follows.)" in message(shortest(), "lora.r=0", "train.rounds=0")
 
 
 @pytest.mark.parametrize(

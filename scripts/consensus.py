@@ -56,7 +56,7 @@ def table(errors: Errors) -> str:
     last = {schedule: values[:, :, -1] for schedule, values in errors.items()}
     ratios = last["lora"] / last["freeze_a"]
     published = np.array(PUBLISHED["lora"]) / np.array(PUBLISHED["freeze_a"])
-    model = [mixing.expected_consensus(mixing.matrix(graphs.named(g, 7), mixing.metropolis)) for g in GRAPHS]
+    model = [mixing.expected_consensus(mixing.matrix(graphs.GRAPHS[g](7), mixing.metropolis)) for g in GRAPHS]
     rows = [("| |", [f" {g} |" for g in GRAPHS], " profile |"), ("|---|", ["---|" for _ in GRAPHS], "---|")]
 
     def row(name: str, values: Any, text: Callable[[Any], str], told: str) -> None:

@@ -279,7 +279,7 @@ def interval(values: list[float]) -> float:
 def partition_facts(federation: Federation) -> Line:
     """Returns what is known before round 1: who holds what, and what the graph predicts."""
     w = mixing.matrix(federation.graph, federation.method.mixing)
-    alone = federation.graph.num_peers == 1
+    expected = mixing.expected_consensus(w)
     return {
         "labels": list(federation.data.labels),
         "counts": federation.data.counts,
@@ -287,8 +287,8 @@ def partition_facts(federation: Federation) -> Line:
         **asdict(shares(federation.data.counts)),
         "edges": sorted(federation.graph.edges),
         "topology": federation.recipe.peers.topology.kind,
-        "spectral_gap": 1.0 if alone else 1 - mixing.rho(w),
-        "expected_consensus": 0.0 if alone else mixing.expected_consensus(w),
+        "spectral_gap": mixing.gap(w),
+        "expected_consensus": expected if isfinite(expected) else None,
     }
 
 

@@ -1,28 +1,42 @@
 """Weights, and what they predict."""
 
 import math
+import time
+from itertools import pairwise
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph, complete, named, ring
-from dfl_lora.mixing import MIXINGS, Mixing, Row, eigenvalues, expected_consensus, from_matrix, matrix, metropolis, rho
+from dfl_lora.graphs import GRAPHS, Graph, clusters, complete, line, none, ring, star
+from dfl_lora.mixing import (
+    MIXINGS,
+    Matrix,
+    Mixing,
+    Row,
+    chebyshev_contraction,
+    eigenvalues,
+    exact_in,
+    expected_consensus,
+    expected_profile,
+    from_matrix,
+    gap,
+    lazy,
+    matrix,
+    max_degree,
+    messages,
+    metropolis,
+    rho,
+    rounds_to,
+    uniform,
+)
+from dfl_lora.mixing import given as given_matrix
+from example_graphs import CIRCLE, CONNECTED, EXAMPLES
 
 every_mixing = pytest.mark.parametrize("mixing", MIXINGS.values(), ids=MIXINGS)
-
-FACTS = [  # graph, rho, rounds of plain gossip to 1e-3, messages a round
-    (named("link3", 7), 0.749, 24, 14),
-    (named("link4", 7), 0.779, 28, 20),
-    (named("link5", 7), 0.360, 7, 28),
-    (named("link6", 7), 0.524, 11, 34),
-    (named("du14", 7), 0.934, 101, 14),
-    (named("link7", 7), 0.0, 1, 42),
-    (ring(16), 0.949, 133, 32),
-    (ring(32), 0.987, 536, 64),
-]
 
 
 @st.composite
@@ -34,22 +48,8 @@ def connected_graphs(draw: st.DrawFn, smallest: int = 1, largest: int = 9) -> Gr
     return Graph.of(n, [*tree, *((i, j) for i, j in more if i != j)])
 
 
-@pytest.mark.parametrize(("graph", "expected", "rounds", "messages"), FACTS)
-def test_the_known_graphs_mix_as_fast_as_computed(graph: Graph, expected: float, rounds: int, messages: int) -> None:
-    w = matrix(graph, metropolis)
-    assert rho(w) == pytest.approx(expected, abs=5e-4)
-    assert sum(graph.degree(i) for i in range(graph.num_peers)) == messages
-    from_mean = [np.linalg.norm(np.linalg.matrix_power(w, t) - 1 / len(w), 2) for t in (rounds - 1, rounds)]
-    assert from_mean[0] > 1e-3 >= from_mean[1]
-
-
-def test_the_expected_consensus_profile_of_the_published_graphs() -> None:
-    errors = [expected_consensus(matrix(named(f"link{k}", 7), metropolis)) for k in (3, 4, 5, 6)]
-    assert [e / errors[0] for e in errors] == pytest.approx([1, 0.81, 0.40, 0.40], abs=0.005)
-
-
 def test_the_expected_consensus_is_what_noise_and_mixing_settle_at() -> None:
-    w = matrix(named("link4", 7), metropolis)
+    w = matrix(GRAPHS["link4"](7), metropolis)
     deviation, covariance = np.eye(7) - 1 / 7, np.zeros((7, 7))
     for _ in range(400):
         covariance = w @ (covariance + np.eye(7)) @ w
@@ -73,17 +73,162 @@ def test_metropolis_takes_the_larger_degree_of_the_two() -> None:
     assert metropolis(path, 0).weights == {1: 1 / 3}
 
 
-@every_mixing
-@settings(deadline=None, max_examples=50)
-@given(graph=connected_graphs())
-def test_rows_are_symmetric_and_doubly_stochastic(mixing: Mixing, graph: Graph) -> None:
-    w = matrix(graph, mixing)
+def check_weights(w: Matrix, graph: Graph) -> None:
+    """The law of every W: symmetric, doubly stochastic, positive on edges and on the diagonal, zero elsewhere."""
     assert np.array_equal(w, w.T)
     assert w.sum(axis=0) == pytest.approx(np.ones(graph.num_peers), abs=1e-12)
     assert w.sum(axis=1) == pytest.approx(np.ones(graph.num_peers), abs=1e-12)
-    assert rho(w) < 1
+    assert np.array_equal(w > 0, nx.to_numpy_array(graph.networkx) + np.eye(graph.num_peers) > 0)
+    assert (w >= 0).all()
+    assert (rho(w) < 1) == graph.connected
     assert eigenvalues(w)[0] == pytest.approx(1)
     assert list(np.abs(eigenvalues(w))) == sorted(np.abs(eigenvalues(w)), reverse=True)
+
+
+@every_mixing
+@pytest.mark.parametrize("graph", EXAMPLES.values(), ids=EXAMPLES)
+def test_every_mixing_of_every_graph_is_symmetric_and_doubly_stochastic(mixing: Mixing, graph: Graph) -> None:
+    check_weights(matrix(graph, mixing), graph)
+
+
+@every_mixing
+@settings(deadline=None, max_examples=50)
+@given(graph=connected_graphs(), present=st.sets(st.integers(0, 8)))
+def test_rows_are_symmetric_and_doubly_stochastic_whoever_is_present(
+    mixing: Mixing, graph: Graph, present: set[int]
+) -> None:
+    check_weights(matrix(graph, mixing), graph)
+    left = graph.among(present)
+    w = matrix(left, mixing)
+    check_weights(w, left)
+    absent = [i for i in range(graph.num_peers) if i not in present]
+    assert np.array_equal(w[absent], np.eye(graph.num_peers)[absent])
+
+
+@settings(deadline=None, max_examples=50)
+@given(connected_graphs(smallest=2))
+def test_the_laplacian_mixing_is_a_step_along_the_laplacian(graph: Graph) -> None:
+    laplacian = nx.laplacian_matrix(graph.networkx, weight=None).toarray()
+    largest = np.linalg.eigvalsh(laplacian)[-1]
+    w = matrix(graph, MIXINGS["laplacian"])
+    assert w == pytest.approx(np.eye(graph.num_peers) - 2 * laplacian / (3 * largest), abs=1e-12)
+    assert eigenvalues(w).min() == pytest.approx(1 / 3)
+
+
+def test_the_weights_of_each_mixing_on_a_star() -> None:
+    graph = star(5)
+    assert matrix(graph, max_degree)[0] == pytest.approx(np.full(5, 0.2))
+    assert uniform(graph, 1).weights == {0: 0.2}
+    assert lazy(graph, 1).weights == {0: 0.1}
+    assert MIXINGS["laplacian"](graph, 1).weights == {0: pytest.approx(2 / 15)}
+
+
+@settings(deadline=None, max_examples=50)
+@given(connected_graphs())
+def test_lazy_gossip_has_no_negative_eigenvalue(graph: Graph) -> None:
+    w = matrix(graph, lazy)
+    assert eigenvalues(w).min() > -1e-12
+    assert w == pytest.approx((np.eye(graph.num_peers) + matrix(graph, metropolis)) / 2, abs=1e-15)
+
+
+def test_on_regular_graphs_metropolis_is_max_degree() -> None:
+    for name in ("ring", "complete", "torus", "hypercube", "exponential", "random_regular"):
+        graph = EXAMPLES[name]
+        assert np.array_equal(matrix(graph, metropolis), matrix(graph, max_degree))
+
+
+@pytest.mark.filterwarnings("error")
+@every_mixing
+@pytest.mark.parametrize("graph", [none(2), none(7), clusters(6).among(range(3))], ids=["two", "seven", "parts"])
+def test_peers_of_a_disconnected_graph_never_agree(mixing: Mixing, graph: Graph) -> None:
+    w = matrix(graph, mixing)
+    assert rho(w) == 1 and gap(w) == 0
+    assert rounds_to(w) == math.inf and exact_in(graph) == math.inf
+    assert expected_consensus(w) == math.inf
+    assert expected_profile(graph, mixing) == math.inf
+    assert chebyshev_contraction(w, 3) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["ring", "none", "clusters"])
+def test_one_peer_agrees_with_itself(name: str) -> None:
+    graph = GRAPHS[name](1)
+    for mixing in MIXINGS.values():
+        w = matrix(graph, mixing)
+        assert w.tolist() == [[1.0]]
+        assert rho(w) == 0 and expected_consensus(w) == 0
+        assert rounds_to(w) == 1 and exact_in(graph) == 0 and messages(graph) == 0
+        assert expected_profile(graph, mixing) == 1
+
+
+@every_mixing
+@pytest.mark.parametrize("graph", CONNECTED.values(), ids=CONNECTED)
+def test_rounds_to_is_when_the_power_of_w_is_near_the_mean(mixing: Mixing, graph: Graph) -> None:
+    w = matrix(graph, mixing)
+    for share in (0.5, 1e-3):
+        k = int(rounds_to(w, share))
+        distance = [np.linalg.norm(np.linalg.matrix_power(w, t) - 1 / len(w), 2) for t in (k - 1, k)]
+        assert distance[0] > share * (1 - 1e-9) or k == 1
+        assert distance[1] <= share * (1 + 1e-9)
+
+
+@every_mixing
+@pytest.mark.parametrize("graph", CONNECTED.values(), ids=CONNECTED)
+def test_the_chebyshev_contraction_is_that_of_the_polynomial(mixing: Mixing, graph: Graph) -> None:
+    w, n = matrix(graph, mixing), graph.num_peers
+    if not rho(w):
+        assert chebyshev_contraction(w, 3) == 0
+        return
+    for k in (1, 2, 3, 8):
+        scaled = np.linalg.eigvalsh(w - 1 / n) / rho(w)
+        polynomial = np.polynomial.chebyshev.Chebyshev.basis(k)
+        contraction = np.abs(polynomial(scaled)).max() / polynomial(1 / rho(w))
+        assert chebyshev_contraction(w, k) == pytest.approx(contraction, rel=1e-8)
+        assert chebyshev_contraction(w, k) <= rho(w) ** k + 1e-12
+
+
+@pytest.mark.parametrize("graph", CONNECTED.values(), ids=CONNECTED)
+def test_the_mean_is_exact_after_the_distinct_eigenvalues_and_not_before(graph: Graph) -> None:
+    laplacian = nx.laplacian_matrix(graph.networkx, weight=None).toarray().astype(float)
+    values = [v for v in np.linalg.eigvalsh(laplacian) if v > 1e-9]
+    distinct = [values[0], *(b for a, b in pairwise(values) if b - a > 1e-6)]
+    assert exact_in(graph) == len(distinct)
+    mean = np.eye(graph.num_peers)
+    for value in distinct[:-1]:
+        mean = mean @ (np.eye(graph.num_peers) - laplacian / value)
+    assert not np.allclose(mean, 1 / graph.num_peers, atol=1e-3)
+    mean = mean @ (np.eye(graph.num_peers) - laplacian / distinct[-1])
+    assert np.allclose(mean, 1 / graph.num_peers, atol=1e-9)
+
+
+def test_large_matrices_are_checked_in_seconds() -> None:
+    w = np.full((1000, 1000), 1 / 1000)
+    start = time.process_time()
+    given_matrix(w.tolist())
+    assert rho(matrix(complete(1000), uniform)) == 0
+    assert time.process_time() - start < 15
+
+
+def test_the_expected_profile_is_relative_to_the_ring_under_the_same_mixing() -> None:
+    for mixing in MIXINGS.values():
+        assert expected_profile(ring(9), mixing) == pytest.approx(1)
+        ratio = expected_consensus(matrix(line(9), mixing)) / expected_consensus(matrix(ring(9), mixing))
+        assert expected_profile(line(9), mixing) == pytest.approx(ratio)
+    assert expected_profile(ring(3), metropolis) == 1
+    assert expected_profile(line(3), metropolis) == math.inf
+    assert expected_profile(ring(3), lazy) == 1
+
+
+def test_the_expected_profile_of_a_given_matrix_is_relative_to_the_ring_under_metropolis() -> None:
+    graph, mixing = from_matrix(CIRCLE)
+    expected = expected_consensus(np.array(CIRCLE)) / expected_consensus(matrix(ring(7), metropolis))
+    assert expected_profile(graph, mixing) == pytest.approx(expected)
+
+
+def test_a_given_matrix_keeps_the_mean_when_a_neighbour_is_absent() -> None:
+    graph, mixing = from_matrix(CIRCLE)
+    left = graph.among({0, 1, 2})
+    check_weights(matrix(left, mixing), left)
 
 
 @settings(deadline=None, max_examples=50)
@@ -133,7 +278,7 @@ def test_the_row_of_a_given_matrix_sums_to_one_whatever_its_rounding() -> None:
         ([[math.nan, 1], [1, 0]], "negative or non-finite"),
         ([[0.5, math.inf], [math.inf, 0.5]], "negative or non-finite"),
         ([[0.5, 0.5], [0.4, 0.6]], r"not symmetric: W\[0,1\] = 0.5 but W\[1,0\] = 0.4"),
-        ([[0.5, 0.5], [0.5, 0.6]], "row 1 sums to 1.1, and every row must to 1"),
+        ([[0.5, 0.5], [0.5, 0.6]], "row 1 sums to 1.1; every row must sum to 1"),
         ([[1, 0], [0, 1]], "disconnected: it falls into 2 parts"),
     ],
 )
@@ -158,5 +303,5 @@ def test_weights_that_differ_by_more_than_one_millionth_between_the_two_are_refu
     "rows", [[[0, 1], [1, 0]], [[0, 0.5, 0, 0.5], [0.5, 0, 0.5, 0], [0, 0.5, 0, 0.5], [0.5, 0, 0.5, 0]]]
 )
 def test_a_matrix_under_which_peers_swap_for_ever_is_refused(rows: list[list[float]]) -> None:
-    with pytest.raises(UserError):
-        from_matrix(rows)
+    with pytest.raises(UserError, match="swap for ever"):
+        given_matrix(rows)

@@ -1,10 +1,20 @@
 """Mixing matrices: the weights of a neighbourhood, and what W predicts before a run.
 
 A peer needs only its `Row`: weights over itself and its neighbours, summing to one. The whole W exists
-for analysis and plots. Metropolis-Hastings: w_ij = 1 / (max(d_i, d_j) + 1) on edges, w_ii the rest
-(Xiao, Boyd, Kim 2007): symmetric, doubly stochastic, and local, since degrees of neighbours suffice.
+for analysis and plots. Every W here is symmetric and doubly stochastic, so gossip keeps the mean, and has
+a positive diagonal, so on a connected graph peers agree in the end.
+
+With d_i the degree of peer i, L = D - A the Laplacian of the graph, on an edge between i and j
+  metropolis  w_ij = 1 / (max(d_i, d_j) + 1)       needs the neighbours' degrees only (Xiao, Boyd, Kim 2007)
+  laplacian   W = I - 2 L / (3 lambda_max(L))      needs the whole graph
+  max_degree  w_ij = 1 / (d_max + 1)               needs the largest degree of the graph
+  uniform     w_ij = 1 / n                         needs the number of peers; slow on sparse graphs
+  lazy        W = (I + W_metropolis) / 2           no eigenvalue below 0
+and w_ii is the rest. The average over the neighbourhood, w_ij = 1 / (d_i + 1), is no row of the table: it
+keeps the mean on regular graphs only, and there it is metropolis.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph
+from dfl_lora.graphs import Graph, from_rows, ring, square
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-6
+"""By how much the weights of a given matrix may be off."""
+ROUNDING = 1e-10
+"""Eigenvalues of W and ratios of eigenvalues of L that are closer than this are equal."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,33 @@ def metropolis(graph: Graph, peer: int) -> Row:
     return Row(peer, {j: 1.0 / (max(degree, graph.degree(j)) + 1) for j in graph.neighbours(peer)})
 
 
-MIXINGS: dict[str, Mixing] = {"metropolis": metropolis}
+def laplacian(graph: Graph, peer: int) -> Row:
+    """Returns the row of I - 2 L / (3 lambda_max), whose eigenvalues lie between 1/3 and 1."""
+    return Row(peer, {j: 2.0 / (3.0 * float(graph.laplacian_eigenvalues[-1])) for j in graph.neighbours(peer)})
+
+
+def max_degree(graph: Graph, peer: int) -> Row:
+    """Returns w_ij = 1 / (d_max + 1) for each neighbour j, d_max the largest degree of the graph."""
+    return Row(peer, dict.fromkeys(graph.neighbours(peer), 1.0 / (graph.max_degree + 1)))
+
+
+def uniform(graph: Graph, peer: int) -> Row:
+    """Returns w_ij = 1 / n for each neighbour j; the weight of those who are no neighbours is the peer's own."""
+    return Row(peer, dict.fromkeys(graph.neighbours(peer), 1.0 / graph.num_peers))
+
+
+def lazy(graph: Graph, peer: int) -> Row:
+    """Returns the row of (I + W) / 2, W of metropolis: half the weights."""
+    return Row(peer, {j: weight / 2 for j, weight in metropolis(graph, peer).weights.items()})
+
+
+MIXINGS: Mapping[str, Mixing] = {
+    "metropolis": metropolis,
+    "laplacian": laplacian,
+    "max_degree": max_degree,
+    "uniform": uniform,
+    "lazy": lazy,
+}
 
 
 def matrix(graph: Graph, mixing: Mixing) -> Matrix:
@@ -54,12 +93,12 @@ def matrix(graph: Graph, mixing: Mixing) -> Matrix:
     return w
 
 
-def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
-    """Returns the graph and the mixing of a given W: square, symmetric, doubly stochastic to 1e-6, connected."""
-    n = len(rows)
-    if n == 0 or any(len(row) != n for row in rows):
-        raise UserError(f"The matrix has {n} rows of {sorted({len(r) for r in rows})} numbers; it must be square.")
-    w = np.asarray(rows, dtype=np.float64)
+def given(rows: Sequence[Sequence[float]]) -> Mixing:
+    """Returns the mixing of a given W: square, symmetric, doubly stochastic to 1e-6, no eigenvalue -1.
+
+    That its graph is connected is checked where the graph is made.
+    """
+    w = square(rows)
     if not np.isfinite(w).all() or (w < 0).any():
         raise UserError("The matrix holds negative or non-finite weights; every weight must be between 0 and 1.")
     if not np.allclose(w, w.T, rtol=0, atol=TOLERANCE):
@@ -68,15 +107,21 @@ def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
     sums = w.sum(axis=1)
     if not np.allclose(sums, 1.0, rtol=0, atol=TOLERANCE):
         worst = int(np.abs(sums - 1).argmax())
-        raise UserError(f"The matrix is not stochastic: row {worst} sums to {sums[worst]:g}, and every row must to 1.")
-    graph = Graph.of(n, [(i, j) for i in range(n) for j in range(i) if w[i, j] > 0])
-    if n > 1 and rho(w) > 1 - TOLERANCE:
+        raise UserError(f"The matrix is not stochastic: row {worst} sums to {sums[worst]:g}; every row must sum to 1.")
+    if np.linalg.eigvalsh(w)[0] < TOLERANCE - 1:
         raise UserError("Under this matrix peers swap for ever and never agree; use (I + W) / 2 instead.")
 
-    def given(graph: Graph, peer: int) -> Row:
+    def mixing(graph: Graph, peer: int) -> Row:
+        """The weights of the matrix; those of absent neighbours are the peer's own."""
         return Row(peer, {j: float(w[peer, j]) for j in graph.neighbours(peer)})
 
-    return graph, given
+    return mixing
+
+
+def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
+    """Returns the graph and the mixing of a given W."""
+    mixing = given(rows)
+    return from_rows(len(rows), rows=[list(row) for row in rows]), mixing
 
 
 def eigenvalues(w: Matrix) -> NDArray[np.floating]:
@@ -86,15 +131,69 @@ def eigenvalues(w: Matrix) -> NDArray[np.floating]:
 
 
 def rho(w: Matrix) -> float:
-    """Returns ||W - 11'/n||_2, the factor by which one exchange shrinks disagreement; the gap is 1 - rho."""
-    return float(np.abs(np.linalg.eigvalsh(w - 1.0 / len(w))).max())
+    """Returns ||W - 11'/n||_2, the factor by which one exchange shrinks disagreement: 0 at once, 1 never."""
+    value = float(np.abs(np.linalg.eigvalsh(w - 1.0 / len(w))).max())
+    return 1.0 if value > 1 - ROUNDING else 0.0 if value < ROUNDING else value
+
+
+def gap(w: Matrix) -> float:
+    """Returns the spectral gap 1 - rho."""
+    return 1.0 - rho(w)
+
+
+def rounds_to(w: Matrix, share: float = 1e-3) -> float:
+    """Returns the smallest k >= 1 with rho^k <= share: rounds of plain gossip; inf where peers never agree."""
+    shrinks = rho(w)
+    if shrinks == 1:
+        return math.inf
+    return max(1, math.ceil(math.log(share) / math.log(shrinks))) if shrinks else 1
+
+
+def chebyshev_contraction(w: Matrix, k: int) -> float:
+    """Returns 1 / T_k(1 / rho), by which the best polynomial of k exchanges shrinks disagreement; plain is rho^k.
+
+    T_k(x) = cosh(k arcosh x) is Chebyshev's polynomial; of all p of degree k with p(1) = 1, T_k(x / rho) / T_k(1 / rho)
+    is the smallest on [-rho, rho].
+    """
+    shrinks = rho(w)
+    angle = k * math.acosh(1.0 / shrinks) if shrinks else math.inf
+    return 2.0 * math.exp(-angle) / (1.0 + math.exp(-2.0 * angle))
+
+
+def exact_in(graph: Graph) -> float:
+    """Returns the number m of distinct non-zero eigenvalues of L: prod_k (I - L / lambda_k) is the mean in m exchanges.
+
+    No fewer will do: a polynomial in L that is the mean has all of them as roots. inf where peers never agree.
+    """
+    values = graph.laplacian_eigenvalues
+    return int((np.diff(values) > ROUNDING * values[-1]).sum()) if graph.connected else math.inf
+
+
+def messages(graph: Graph) -> int:
+    """Returns the messages of a round, sum_i d_i: one each way over every edge."""
+    return 2 * len(graph.edges)
 
 
 def expected_consensus(w: Matrix) -> float:
-    """Returns sqrt(sum_k lambda_k^2 / (1 - lambda_k^2)) over the eigenvalues but the first.
+    """Returns sqrt(sum_k lambda_k^2 / (1 - lambda_k^2)) over the eigenvalues but the first; inf if peers never agree.
 
     The stationary disagreement of gossip when each round adds independent unit noise at every peer and
     then mixes. Only ratios between graphs mean anything: they are the expected consensus profile.
     """
-    squares = eigenvalues(w)[1:] ** 2
+    values = np.abs(eigenvalues(w)[1:])
+    if (values > 1 - ROUNDING).any():
+        return math.inf
+    squares = values[values > ROUNDING] ** 2
     return float(np.sqrt((squares / (1.0 - squares)).sum()))
+
+
+def expected_profile(graph: Graph, mixing: Mixing) -> float:
+    """Returns the expected consensus relative to that of the ring of as many peers under the same mixing.
+
+    A given W is compared with the ring under metropolis. Where the ring agrees at once (up to 3 peers under
+    metropolis), the ratio is 1 if this graph does so too, else inf.
+    """
+    on_ring = mixing if mixing in MIXINGS.values() else metropolis
+    reference = expected_consensus(matrix(ring(graph.num_peers), on_ring))
+    expected = expected_consensus(matrix(graph, mixing))
+    return expected / reference if reference else (math.inf if expected else 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfl_lora.graphs import named
+from dfl_lora.graphs import GRAPHS
 from dfl_lora.learners import Learner
 from dfl_lora.learners.work import LocalWork
 from dfl_lora.models.placement import Lora
@@ -19,7 +19,7 @@ from encoders import Setting, distances, load, start_apart, token_data, toy_base
 
 UNEVEN = (33, 7, 18)
 ROUNDS = 3
-RING = named("complete", 3)
+RING = GRAPHS["complete"](3)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.corrections import CORRECTIONS
-from dfl_lora.graphs import GRAPHS, Graph, complete, named
+from dfl_lora.graphs import GRAPHS, Graph, complete
 from dfl_lora.measures import consensus, factors
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import Row, matrix, metropolis, rho
@@ -23,13 +23,14 @@ from dfl_lora.peers import Peers
 from dfl_lora.rounds import Method, Traffic, mix
 from dfl_lora.schedules import SCHEDULES, Head
 from dfl_lora.tensors import Layout, Tensors
+from example_graphs import SEVEN
 
 RandomPeers = Callable[[Method], Peers]
 InboxOf = Mapping[int, Frame | None]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 EVERY_SCHEDULE = {**SCHEDULES, "alternating(mix=trained)": partial(SCHEDULES["alternating"], mix="trained")}
-every_graph = pytest.mark.parametrize("graph", [named(name, 7) for name in GRAPHS], ids=GRAPHS)
+every_graph = pytest.mark.parametrize("graph", SEVEN.values(), ids=SEVEN)
 every_schedule = pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 every_head = pytest.mark.parametrize("head", HEADS)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
@@ -173,7 +174,7 @@ def test_plain_gossip_contracts_by_rho_each_round(random_peers: RandomPeers, gra
         assert (after <= shrinks * before + 1e-13).all()
 
 
-@pytest.mark.parametrize("graph", [named("complete", 7), named("link7", 7)], ids=["complete", "link7"])
+@pytest.mark.parametrize("graph", [GRAPHS["complete"](7), GRAPHS["link7"](7)], ids=["complete", "link7"])
 @every_schedule
 @every_head
 @every_mixer
@@ -261,7 +262,7 @@ def test_a_private_head_never_leaves(
     random_peers: RandomPeers, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
     """Other heads change no byte on the wire."""
-    method = make(schedule, head, named("link4", 7), mixer, correction)
+    method = make(schedule, head, GRAPHS["link4"](7), mixer, correction)
     sent = []
     for scale in (1.0, -5.0):
         peers, network = random_peers(method), Recorded()
@@ -276,7 +277,7 @@ def test_a_private_head_never_leaves(
 
 @every_schedule
 def test_a_shared_head_does_leave(random_peers: RandomPeers, schedule: str) -> None:
-    method = make(schedule, "shared", named("link4", 7))
+    method = make(schedule, "shared", GRAPHS["link4"](7))
     peers, before, after = random_peers(method), Recorded(), Recorded()
     start = peers.x.clone()
     mix_once(peers, method, before)
@@ -292,7 +293,7 @@ def test_a_shared_head_does_leave(random_peers: RandomPeers, schedule: str) -> N
 def test_a_peer_does_not_depend_on_who_shares_its_process(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str
 ) -> None:
-    method = make(schedule, "shared", named("link6", 7), mixer, correction)
+    method = make(schedule, "shared", GRAPHS["link6"](7), mixer, correction)
     together, network = random_peers(method), Recorded()
     start = together.x.clone()
     mix_once(together, method, network)
@@ -413,7 +414,7 @@ def empty(frame: Frame) -> Frame | None:
 def test_a_malformed_message_counts_as_lost(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str, spoil: Callable[[Frame], Frame | None]
 ) -> None:
-    method = make(schedule, "shared", named("link4", 7), mixer, correction)
+    method = make(schedule, "shared", GRAPHS["link4"](7), mixer, correction)
 
     def change(receiver: int, box: InboxOf) -> InboxOf:
         return {j: spoil(f) if f is not None and (receiver, j) == (0, 2) else f for j, f in box.items()}
@@ -431,7 +432,7 @@ def test_a_malformed_message_counts_as_lost(
 def test_a_stranger_and_an_echo_of_oneself_are_refused(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str
 ) -> None:
-    method = make(schedule, "shared", named("link3", 7), mixer, correction)
+    method = make(schedule, "shared", GRAPHS["link3"](7), mixer, correction)
     heard, plain = random_peers(method), random_peers(method)
     traffic = mix_once(heard, method, Changed(lambda i, box: {**box, i: box[(i + 1) % 7], 99: box[(i + 1) % 7]}))
     mix_once(plain, method)

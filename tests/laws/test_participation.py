@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfl_lora.graphs import GRAPHS, named
+from dfl_lora.graphs import GRAPHS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.participation import absence, nobody
@@ -50,7 +50,7 @@ def test_a_full_share_is_everybody_always() -> None:
 def test_absent_peers_stay_to_the_bit_and_the_mean_stays(
     random_peers: RandomPeers, name: str, mixing: str, schedule: str
 ) -> None:
-    graph = named(name, NUM_PEERS)
+    graph = GRAPHS[name](NUM_PEERS)
     method = Method(SCHEDULES[schedule]("shared"), lambda t: graph, absence(NUM_PEERS, 0.5, 3), MIXINGS[mixing])
     peers = random_peers(method)
     mean = peers.x.mean(0)
@@ -64,7 +64,7 @@ def test_absent_peers_stay_to_the_bit_and_the_mean_stays(
 
 @pytest.mark.parametrize("name", SEVEN)
 def test_only_messages_between_present_peers_travel(random_peers: RandomPeers, name: str) -> None:
-    graph = named(name, NUM_PEERS)
+    graph = GRAPHS[name](NUM_PEERS)
     method = Method(SCHEDULES["lora"]("shared"), lambda t: graph)
     peers = random_peers(method)
     phase = replace(method.schedule(1), absent=frozenset({0, 2}))
@@ -74,7 +74,7 @@ def test_only_messages_between_present_peers_travel(random_peers: RandomPeers, n
 
 
 def test_a_round_of_one_peer_changes_nobody(random_peers: RandomPeers) -> None:
-    graph = named("complete", NUM_PEERS)
+    graph = GRAPHS["complete"](NUM_PEERS)
     method = Method(SCHEDULES["lora"]("shared"), lambda t: graph, absence(NUM_PEERS, 0.01, 0))
     peers = random_peers(method)
     before = peers.x.clone()

@@ -242,6 +242,18 @@ def test_a_run_with_nothing_to_draw_says_so(tmp_path: Path) -> None:
     assert "7 peers · 5 rounds · topology link3 · schedule alternate" in page.texts
 
 
+def test_the_rows_of_the_peers_are_a_chart_a_table_and_how_unequal_they_are(tmp_path: Path) -> None:
+    change(run_in(tmp_path, num_peers=3) / "partition.json", counts=[[10, 30], [0, 1200], [5, 0]])
+    _, page = report_of(tmp_path)
+    assert "Rows: mean 415, 5 to 1,200 (ratio 240); label skew 0.413, effective labels 1.25" in page.texts
+    texts = [text for text in page.texts if text]
+    start = texts.index("Training rows by label, as a table")
+    assert texts[start + 1 : start + 21] == [
+        "Peer", "negative", "positive", "rows", "share",
+        "0", "10", "30", "40", "3.2%", "1", "0", "1,200", "1,200", "96.4%", "2", "5", "0", "5", "0.4%",
+    ]  # fmt: skip
+
+
 def test_a_run_without_rounds_and_without_labels_still_shows_its_graph(tmp_path: Path) -> None:
     (run_in(tmp_path) / "rounds.jsonl").write_text("")
     change(tmp_path / "partition.json", labels=[], counts=[[]] * 7)
@@ -254,13 +266,13 @@ def test_rounds_that_were_not_evaluated_are_left_out_of_the_accuracy() -> None:
     records = [record(t, 3) for t in range(1, 6)]
     for t in (0, 2):
         del records[t]["accuracy"]
-    drawing = figures.accuracy(records)
+    drawing = figures.metric(records, "accuracy", "Accuracy")
     assert drawing is not None and len(re.findall(r"<use[^>]*stroke: var\(--first\)", drawing.svg)) == 3
 
 
 @pytest.mark.parametrize(("num_peers", "rounds"), [(1, 5), (7, 1), (70, 2)])
 def test_the_accuracy_of_few_rounds_or_of_many_peers_is_drawn(num_peers: int, rounds: int) -> None:
-    drawing = figures.accuracy([record(t, num_peers) for t in range(1, rounds + 1)])
+    drawing = figures.metric([record(t, num_peers) for t in range(1, rounds + 1)], "accuracy", "Accuracy")
     assert drawing is not None
     assert drawing.note == ("Thin lines: 64 of 70 peers." if num_peers == 70 else "")
 

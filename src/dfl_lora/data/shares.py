@@ -33,11 +33,16 @@ class Shares:
     effective_labels: float | None
 
     def __str__(self) -> str:
-        ratio = "" if self.sizes.ratio is None else f" (ratio {self.sizes.ratio:.3g})"
-        text = f"Rows: mean {self.sizes.mean:,.6g}, {self.sizes.min:,} to {self.sizes.max:,}{ratio}"
+        ratio = "" if self.sizes.ratio is None else f" (ratio {short(self.sizes.ratio)})"
+        text = f"Rows: mean {short(self.sizes.mean)}, {self.sizes.min:,} to {self.sizes.max:,}{ratio}"
         if self.label_skew is None:
             return text
         return f"{text}; label skew {self.label_skew:.3g}, effective labels {self.effective_labels:.3g}"
+
+
+def short(value: float) -> str:
+    """Returns a number of about three digits."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def shares(counts: Sequence[Sequence[float]]) -> Shares:

@@ -160,6 +160,7 @@ def test_a_missing_required_key_is_named(key: str) -> None:
         ("peers.topology={edges: [[0, 1]]}", ("'peers.topology.edges'", "It is an option of edges")),
         ("data.partition=iid(alpha=0.1)", ("'data.partition.alpha'", "It is an option of dirichlet, quantity")),
         ("data.partition=shards(per_peer=0)", ("data.partition.per_peer", "greater than or equal to 1")),
+        ("data.partition=saved(path=x, seed=3)", ("data.partition", "seed has no effect")),
         ("data.partition=natural", ("'data.partition.column'", "required")),
         ("method.schedule=alternating(mix=none)", ("method.schedule.mix is 'none'", "both, trained")),
         ("method.schedule=lora(period=2)", ("'method.schedule.period'", "It is an option of alternating")),

@@ -112,6 +112,8 @@ class Partition(Choice):
     @model_validator(mode="after")
     def check(self) -> Self:
         """Writes down which rows a saved partition means, whatever becomes of its file."""
+        if self.kind == "saved" and self.seed is not None:
+            raise ValueError("seed has no effect on saved rows; remove it")
         if self.kind == "saved" and self.options["sha256"] is None:
             setattr(self, "sha256", read_saved(Path(self.options["path"])).sha256)  # noqa: B010 - a table's option
         return self

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from errno import ENOSPC
 from html import escape
 from html.parser import HTMLParser
 from math import inf, nan
@@ -189,6 +190,45 @@ def test_the_table_has_the_accuracy_and_the_rows_of_each_peer(page: Page) -> Non
     assert texts[start + 1 : start + 7] == ["0", "0.7500", "40", "1", "0.7600", "41"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "key", "name", "worst", "best"),
+    [
+        ("f1", "f1", "F1", "0.6500", "0.7100"),
+        ("matthews", "matthews", "Matthews correlation", "0.6500", "0.7100"),
+        ("loss", "eval_loss", "validation loss", "0.7100", "0.6500"),
+    ],
+)
+def test_a_metric_of_its_own_comes_before_the_accuracy(
+    tmp_path: Path, metric: str, key: str, name: str, worst: str, best: str
+) -> None:
+    """In the headline, as a curve, and in the table of peers; the highest loss is the worst."""
+    own = {"mean": 0.68, "min": 0.65, "max": 0.71, "per_peer": [0.65 + 0.01 * i for i in range(7)]}
+    run_in(tmp_path, changed={t: {key: own} for t in range(1, 6)})
+    change(tmp_path / "summary.json", **{"metric": metric, key: {**own, "ci95": 0.0111, "consensus": 0.6999}})
+    _, page = report_of(tmp_path)
+    texts = [text for text in page.texts if text]
+    title = name[0].upper() + name[1:]
+    order = ("highest", "lowest") if metric == "loss" else ("lowest", "highest")
+    assert texts[texts.index(title) : texts.index("Accuracy")] == [
+        title, "0.6800", "± 0.0111 (95 %)", "Worst peer", worst, f"{order[0]} {name}",
+        "Best peer", best, f"{order[1]} {name}", "Consensus", "0.6999", f"{name} of the average",
+    ]  # fmt: skip
+    assert ("aria-label", f"{title} of the peers in each round") in page.attributes
+    assert page.tags.count("svg") == 7 and texts.count(title) == 2
+    start = texts.index(f"Final {name}")
+    assert texts[start : start + 8] == [
+        f"Final {name}", "Final accuracy", "Training rows", "0", "0.6500", "0.7500", "40", "1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["accuracy", HOSTILE, None, ["f1"], {"f1": 1}])
+def test_a_metric_that_is_none_leaves_the_accuracy_alone(tmp_path: Path, metric: object) -> None:
+    run_in(tmp_path)
+    change(tmp_path / "summary.json", metric=metric)
+    text, page = report_of(tmp_path)
+    assert page.texts.count("Worst peer") == 1 and page.tags.count("svg") == 6 and HOSTILE not in text
+
+
 def test_text_is_drawn_as_text(page: Page) -> None:
     assert "text" in page.tags and "training rows" in page.texts
 
@@ -329,7 +369,7 @@ def test_a_failure_to_write_leaves_the_old_report_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*paths: object) -> None:
-        raise OSError("no space")
+        raise OSError(ENOSPC, "no space")
 
     (tmp_path / "report.html").write_text("old")
     monkeypatch.setattr("pathlib.Path.replace", refuse)

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from dfl_lora.build import build
 from dfl_lora.data.generator import sentences
-from dfl_lora.learners import Learner, Progress, Score
+from dfl_lora.learners import Learner, Progress
 from dfl_lora.learners.work import LocalWork, OptimizerName, Scheduler
+from dfl_lora.metrics import Answers
 from dfl_lora.models.base import STREAM_ATTENTION
 from dfl_lora.models.placement import Lora
 from dfl_lora.peers import STEPS, Peers
@@ -89,7 +90,7 @@ class End:
 
     peers: Peers
     progress: list[Mapping[int, Progress]]
-    scores: Mapping[int, Score]
+    answers: Mapping[int, Answers]
 
 
 def end_of(learner: Learner, peers: Peers, setting: Setting) -> End:
@@ -107,9 +108,13 @@ def check(stacked: End, sequential: End, tolerance: float) -> None:
             i: (p.steps, p.tokens, p.skipped) for i, p in theirs.items()
         }
         assert [p.loss for p in mine.values()] == pytest.approx([p.loss for p in theirs.values()], rel=10 * tolerance)
-    losses, reference = ({i: s.loss for i, s in end.scores.items()} for end in (stacked, sequential))
+    losses, reference = ({i: a.loss for i, a in end.answers.items()} for end in (stacked, sequential))
     assert losses == pytest.approx(reference, rel=10 * tolerance)
-    assert {i: s.rows for i, s in stacked.scores.items()} == {i: s.rows for i, s in sequential.scores.items()}
+    told, plain = (
+        {i: (a.truth.tolist(), a.given.tolist(), a.num_labels) for i, a in end.answers.items()}
+        for end in (stacked, sequential)
+    )
+    assert told == plain
 
 
 @pytest.mark.parametrize("case", TOY_CASES.values(), ids=TOY_CASES)

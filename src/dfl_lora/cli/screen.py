@@ -5,6 +5,7 @@ The log of a run that goes on is written anew from the lines of its rounds, so t
 
 import sys
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dfl_lora.build import Federation
-from dfl_lora.files import write_atomically
+from dfl_lora.files import append, write_atomically
 from dfl_lora.metrics import ends_of, key_of
 from dfl_lora.report.page import size
 from dfl_lora.rounds import Record
@@ -49,8 +50,7 @@ class Screen:
         """Prints a line, where someone watches or `always`, and appends it to log.txt."""
         if self.live or always:
             self.console.print(text, markup=False)
-        with (self.run / "log.txt").open("a") as log:
-            log.write(f"{text}\n")
+        append(self.run / "log.txt", f"{text}\n")
 
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
         recipe, graph = federation.recipe, federation.graph
@@ -76,8 +76,9 @@ class Screen:
         self.progress.stop()
         table = comparison({summary["name"]: summary})
         self.console.print(table)
-        with (self.run / "log.txt").open("a") as log:
-            Console(file=log, width=WIDTH).print(table)
+        drawn = StringIO()
+        Console(file=drawn, width=WIDTH).print(table)
+        append(self.run / "log.txt", drawn.getvalue())
         self.say(f"report: {run / 'report.html'}", always=True)
 
 
@@ -113,9 +114,15 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     )
     table = Table(title=None)
     table.add_column("run", no_wrap=True, min_width=max(map(len, summaries)))
-    for name in (f"{accuracy} mean", "95 % CI", "worst peer", "consensus model", *(f"{key} (worst)" for key in others)):
+    for name in (
+        f"{accuracy}\nmean",
+        "95 % CI",
+        "worst peer",
+        "consensus\nmodel",
+        *(f"{key}\n(worst)" for key in others),
+    ):
         table.add_column(name, justify="right")
-    for name in ("consensus error", "product disagreement", "bytes a peer", "seconds"):
+    for name in ("consensus\nerror", "product\ndisagreement", "bytes\na peer", "seconds"):
         table.add_column(name, justify="right")
     for name, summary in summaries.items():
         scored = summary[accuracy]

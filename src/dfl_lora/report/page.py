@@ -164,7 +164,7 @@ def about(run: Run) -> list[str]:
 
 def shown(summary: Record) -> list[tuple[str, str]]:
     """Returns the key and the name of the metrics that a report shows: the run's own first, and accuracy."""
-    own = summary.get("metric")
+    own = str(summary.get("metric"))
     return [(key_of(metric), NAMES[metric]) for metric in dict.fromkeys((own, "accuracy")) if metric in NAMES]
 
 

@@ -45,9 +45,7 @@ def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: M
         "kept": dict(kept),
     }
     write_atomically(folder / LATEST, json.dumps(latest | {"seal": seal_of(latest)}, indent=1).encode())
-    for old in folder.iterdir():  # older states, and what a killed process had not finished
-        if old.name not in (name, LATEST):
-            old.unlink()
+    tidy(folder, name)
 
 
 def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | None:
@@ -76,7 +74,15 @@ def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | Non
         raise damaged(folder, "its tensors are not this run's")
     for name, matrix in own.items():
         matrix.copy_(arrays[name])
+    tidy(folder, latest["file"])
     return Checkpoint(round, kept)
+
+
+def tidy(folder: Path, state: str) -> None:
+    """Removes older states than the one in force, and what a killed process had not finished."""
+    for old in folder.iterdir():
+        if old.name not in (state, LATEST):
+            old.unlink()
 
 
 def seal_of(latest: Mapping[str, Any]) -> str:

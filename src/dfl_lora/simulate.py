@@ -5,7 +5,6 @@ that was stopped goes on from its last checkpoint to the bit; a line of rounds.j
 """
 
 import json
-import os
 import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
 from dfl_lora.data.shares import shares
 from dfl_lora.errors import UserError
-from dfl_lora.files import sweep, write_atomically
+from dfl_lora.files import append, sweep, write_atomically
 from dfl_lora.metrics import METRICS, Answers, key_of, recorded
 from dfl_lora.networks import Network
 from dfl_lora.networks.memory import MemoryNetwork
@@ -166,25 +165,24 @@ class Simulation:
         if done >= total:
             return
         start, self.clock.seconds = perf_counter(), {}
-        with (self.run / "rounds.jsonl").open("a") as file:
-            for record in rounds(
-                f.peers, f.method, f.learner, self.network,
-                before=self.before, after=self.after, clock=self.clock, first=done + 1,
-            ):  # fmt: skip
-                seconds = {"train": 0.0, "exchange": 0.0, "evaluate": 0.0} | self.clock.reset()
-                line = line_of(record, self.metric, seconds | {"total": perf_counter() - start})
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                lines.append(line)
-                if record.round % f.recipe.output.checkpoint_every == 0 or record.round == total:
-                    kept = {"start": asdict(self.start) if self.start else None}
-                    os.fsync(file.fileno())  # a checkpoint never tells of rounds that a power cut took from the lines
-                    save_checkpoint(self.run / "checkpoint", f.peers, record.round, f.digest, kept)
-                for observer in self.observers:
-                    observer.finished_round(record, line)
-                if record.round == total:
-                    return
-                start = perf_counter()
+        for record in rounds(
+            f.peers, f.method, f.learner, self.network,
+            before=self.before, after=self.after, clock=self.clock, first=done + 1,
+        ):  # fmt: skip
+            seconds = {"train": 0.0, "exchange": 0.0, "evaluate": 0.0} | self.clock.reset()
+            line = line_of(record, self.metric, seconds | {"total": perf_counter() - start})
+            due = record.round % f.recipe.output.checkpoint_every == 0 or record.round == total
+            # a checkpoint never tells of rounds that a power cut took from the lines
+            append(self.run / "rounds.jsonl", json.dumps(line) + "\n", synced=due)
+            lines.append(line)
+            if due:
+                kept = {"start": asdict(self.start) if self.start else None}
+                save_checkpoint(self.run / "checkpoint", f.peers, record.round, f.digest, kept)
+            for observer in self.observers:
+                observer.finished_round(record, line)
+            if record.round == total:
+                return
+            start = perf_counter()
 
     def summary(self, lines: list[Line]) -> Line:
         """Returns the end of the run, from its lines and one evaluation of the consensus."""

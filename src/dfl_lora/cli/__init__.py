@@ -4,6 +4,7 @@ Verbs import what they need when they run, so that --help loads no torch.
 """
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,12 @@ app = typer.Typer(
     epilog="Add --debug to any command for the traceback of an error.",
 )
 INTERRUPTED = 130
+RESUMABLE = ("run", "train")
+NO_ROOM = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: "A file grew over the limit of its size",
+}
 UsageError = typer.BadParameter.__base__ or typer.BadParameter
 app.command("run")(run.run)
 app.command("train")(train.train)
@@ -37,11 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in words if w != "--debug"] or ["--help"]
     try:
         code = app(words, prog_name="dfl-lora", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:  # the border of the program
         if debug:
             traceback.print_exc()
         return complain(*sentence(error))
-    return complain("Interrupted; go on with --resume.", code) if code == INTERRUPTED else int(code)
+    if code == INTERRUPTED:
+        how = "go on with --resume" if words[0] in RESUMABLE else "nothing was left half-written"
+        return complain(f"Interrupted; {how}.", code)
+    return int(code)
 
 
 def sentence(error: Exception) -> tuple[str, int]:
@@ -51,9 +63,10 @@ def sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, UsageError):
         command = getattr(getattr(error, "ctx", None), "command_path", "dfl-lora")
         return f"{error.format_message()} See {command} --help.", 2  # type: ignore[attr-defined]
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
-        place = getattr(error, "filename", None) or "a file could not be written"
-        return f"The disk is full: {place}; free some space or write to another place.", 2
+    for number, said in NO_ROOM.items():
+        if getattr(error, "errno", None) == number or f"os error {number})" in str(error):
+            place = getattr(error, "filename", None) or "a file could not be written"
+            return f"{said}: {place}; free some space or write to another place.", 2
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'a file'}; give another place.", 2
     return f"The run failed with {type(error).__name__}: {error} Add --debug for the traceback.", 3
@@ -65,5 +78,6 @@ def complain(message: str, code: int) -> int:
 
 
 def console_entry() -> None:
-    """The entry point of the installed command."""
+    """The entry point of the installed command. Being asked to end (SIGTERM) is taken as Ctrl-C is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

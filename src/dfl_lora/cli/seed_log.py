@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from dfl_lora.build import Federation
 from dfl_lora.errors import UserError
+from dfl_lora.files import naming
 from dfl_lora.rounds import Record
 from dfl_lora.simulate import Line, Start
 
@@ -18,7 +19,8 @@ class Handler(logging.FileHandler):
     """A file handler that does not swallow a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise
+        with naming(Path(self.baseFilename)):
+            raise
 
 
 class SeedLog:

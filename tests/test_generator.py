@@ -1,15 +1,16 @@
 """The built-in sentences: balanced, repeatable, fluent in their grammar, and not solved by single words."""
 
 import re
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from dfl_lora.data.generator import DOMAINS, NUM_WORDS, clause, sentences, split_of
+from dfl_lora.data.generator import DOMAINS, NUM_WORDS, Rows, clause, pairs, sentences, split_of
 from dfl_lora.errors import UserError
 from dfl_lora.streams import numpy_stream
 
-Rows = list[dict[str, str | int]]
 GOOD = ("delicious", "tasty", "superb", "gripping", "moving", "spotless", "cosy", "reliable", "flawless", "engaging")
 BAD = ("bland", "tasteless", "awful", "dull", "boring", "filthy", "shabby", "faulty", "dreary", "sloppy", "terrible")
 IS = "(?<!never )(?<!hardly )(?:was|were|seemed|proved|turned out to be|came across as)(?: really| truly| simply)?"
@@ -79,9 +80,10 @@ def test_splits_share_no_sentence_whatever_the_seed(train: Rows) -> None:
     assert {split_of(text) for text in texts(train)} == {"train"}
 
 
-def test_an_unknown_split_is_an_error() -> None:
+@pytest.mark.parametrize("make", [sentences, pairs])
+def test_an_unknown_split_is_an_error(make: Callable[[str, int], Rows]) -> None:
     with pytest.raises(UserError, match=r"'test'.*train, validation"):
-        sentences("test", 1)
+        make("test", 1)
 
 
 def test_every_domain_appears_with_both_labels() -> None:
@@ -141,3 +143,38 @@ def test_a_negated_clause_of_a_good_meal_carries_a_bad_word() -> None:
 
 def test_single_words_help_but_do_not_solve_the_sentences(train: Rows) -> None:
     assert 0.55 < bag_of_words_accuracy(train[:2000], sentences("validation", 500)) < 0.85
+
+
+def test_pairs_have_as_many_rows_of_each_label_and_the_same_seed_gives_the_same() -> None:
+    rows = pairs("train", 300)
+    assert Counter(row["label"] for row in rows) == {0: 100, 1: 100, 2: 100}
+    assert rows[:50] == pairs("train", 50) and rows[:50] == pairs("train", 50, seed=0) != pairs("train", 50, seed=1)
+
+
+def test_no_premise_occurs_twice_or_in_two_splits() -> None:
+    premises = {split: [row["premise"] for row in pairs(split, 1000)] for split in ("train", "validation")}
+    assert all(len(set(texts)) == 1000 for texts in premises.values())
+    assert not set(premises["train"]) & set(premises["validation"])
+
+
+def test_a_hypothesis_follows_from_its_premise_is_on_something_else_or_denies_it() -> None:
+    """Of plain clauses: another subject is neutral, adjectives of one kind follow, of two kinds contradict."""
+    plain = re.compile(r"^The ([a-z ]+?)(?<!never)(?<!hardly) (?:was|were|seemed|proved) ([a-z-]+)[.;]")
+    adjectives = dict.fromkeys(BAD, 0) | dict.fromkeys(GOOD, 1)
+    seen = Counter[int]()
+    for row in pairs("train", 4000):
+        premise, hypothesis = (plain.match(str(row[name])) for name in ("premise", "hypothesis"))
+        if premise and hypothesis and premise[2] in adjectives and hypothesis[2] in adjectives:
+            same = adjectives[premise[2]] == adjectives[hypothesis[2]]
+            assert row["label"] == (1 if premise[1] != hypothesis[1] else 0 if same else 2)
+            seen[int(row["label"])] += 1
+    assert min(seen[label] for label in range(3)) >= 3
+
+
+def test_neither_premise_nor_hypothesis_alone_says_the_label() -> None:
+    """Which labels a subject and an adjective of the hypothesis go with: all of them."""
+    labels: dict[str, set[int]] = {}
+    for row in pairs("train", 3000):
+        for word in str(row["hypothesis"]).lower().rstrip(".").split():
+            labels.setdefault(word, set()).add(int(row["label"]))
+    assert all(labels[word] == {0, 1, 2} for word in ("soup", "plot", *GOOD, *BAD))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dfl_lora.data.generator import DOMAINS, NUM_WORDS, Rows, clause, pairs, sentences, split_of
+from dfl_lora.data.generator import BLAME, DOMAINS, NUM_WORDS, PRAISE, Rows, clause, pairs, sentences, split_of
 from dfl_lora.errors import UserError
 from dfl_lora.streams import numpy_stream
 
@@ -159,8 +159,10 @@ def test_no_premise_occurs_twice_or_in_two_splits() -> None:
 
 def test_a_hypothesis_follows_from_its_premise_is_on_something_else_or_denies_it() -> None:
     """Of plain clauses: another subject is neutral, adjectives of one kind follow, of two kinds contradict."""
-    plain = re.compile(r"^The ([a-z ]+?)(?<!never)(?<!hardly) (?:was|were|seemed|proved) ([a-z-]+)[.;]")
-    adjectives = dict.fromkeys(BAD, 0) | dict.fromkeys(GOOD, 1)
+    plain = re.compile(r"^The ([a-z ]+?)(?<!never)(?<!hardly) (?:was|were|seemed|proved) ([a-z -]+)[.;]")
+    adjectives = dict.fromkeys(BLAME, 0) | dict.fromkeys(PRAISE, 1)
+    for domain in DOMAINS:
+        adjectives |= dict.fromkeys(domain.adjectives[0], 0) | dict.fromkeys(domain.adjectives[1], 1)
     seen = Counter[int]()
     for row in pairs("train", 4000):
         premise, hypothesis = (plain.match(str(row[name])) for name in ("premise", "hypothesis"))
@@ -168,7 +170,7 @@ def test_a_hypothesis_follows_from_its_premise_is_on_something_else_or_denies_it
             same = adjectives[premise[2]] == adjectives[hypothesis[2]]
             assert row["label"] == (1 if premise[1] != hypothesis[1] else 0 if same else 2)
             seen[int(row["label"])] += 1
-    assert min(seen[label] for label in range(3)) >= 3
+    assert min(seen[label] for label in range(3)) >= 50
 
 
 def test_neither_premise_nor_hypothesis_alone_says_the_label() -> None:

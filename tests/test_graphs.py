@@ -389,7 +389,7 @@ def test_exactly_one_of_the_values_and_their_file_is_given(name: str, make: Call
 
 
 def test_a_matrix_of_another_number_of_peers_is_refused() -> None:
-    with pytest.raises(UserError, match="The matrix is of 2 peers, but 3 were asked for; give as many rows"):
+    with pytest.raises(UserError, match="The matrix is of 2 peers, but num_peers is 3; give as many rows"):
         from_rows(3, rows=[[0.5, 0.5], [0.5, 0.5]])
     with pytest.raises(UserError, match=r"2 rows of \[1, 2\] numbers; it must be square"):
         from_rows(2, rows=[[1.0], [0.5, 0.5]])

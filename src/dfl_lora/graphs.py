@@ -285,8 +285,8 @@ def from_rows(num_peers: int, *, rows: list[list[float]] | None = None, path: st
         return Graph.of(num_peers, ())
     if len(w) != num_peers:
         raise UserError(
-            f"The matrix is of {len(w)} peers, but {num_peers} were asked for; "
-            "give as many rows and columns as peers, or change peers.num_peers."
+            f"The matrix is of {len(w)} peers, but num_peers is {num_peers}; "
+            "give as many rows and columns as peers, or change their number."
         )
     return Graph.of(num_peers, [(int(i), int(j)) for i, j in np.argwhere(np.triu((w != 0) | (w.T != 0), 1))])
 

@@ -60,6 +60,8 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+MOST_NUMBERED = 50
+"""With more peers, those of a graph have no numbers."""
 MOST_LINES = 64
 """With more peers, the thin lines of this many of them are drawn."""
 MOST_MARKERS = 30
@@ -204,25 +206,26 @@ def distances(
 
 def topology(num_peers: int, edges: Sequence[tuple[int, int]]) -> Drawing:
     """Returns the graph, its peers on a circle, peer 0 on top, clockwise."""
+    label = f"Graph of {num_peers} peers and {len(edges)} edges, drawn on a circle"
+    note = "" if num_peers <= MOST_NUMBERED else "Peer 0 is on top; the others follow clockwise."
+    return Drawing(svg("topology", label, lambda axes: circle(axes, num_peers, edges), 3.2), note=note)
+
+
+def circle(axes: Axes, num_peers: int, edges: Sequence[tuple[int, int]]) -> None:
+    """Draws a graph, its peers on a circle, peer 0 on top, clockwise."""
     layout = nx.circular_layout(nx.empty_graph(num_peers))
     places = np.array([layout[i] for i in range(num_peers)])[:, ::-1]
     ends = [(places[i], places[j], (nan, nan)) for i, j in edges]
     lines = np.array(ends).reshape(-1, 2)
-    few, font = num_peers <= 50, 9 if num_peers <= 25 else 6
-
-    def draw(axes: Axes) -> None:
-        width = min(1.1, max(0.15, 150 / max(1, len(edges))))
-        axes.plot(lines[:, 0], lines[:, 1], color=MUTED, linewidth=width)
-        axes.plot(places[:, 0], places[:, 1], "o", color=FIRST, markersize=min(18, max(3, 400 / num_peers)))
-        for i, (x, y) in enumerate(places if few else ()):
-            axes.text(x, y, str(i), color=PAPER, fontsize=font, ha="center", va="center_baseline")
-        axes.set_aspect("equal")
-        axes.margins(0.12)
-        axes.set_axis_off()
-
-    label = f"Graph of {num_peers} peers and {len(edges)} edges, drawn on a circle"
-    note = "" if few else "Peer 0 is on top; the others follow clockwise."
-    return Drawing(svg("topology", label, draw, 3.2), note=note)
+    few, font = num_peers <= MOST_NUMBERED, 9 if num_peers <= 25 else 6
+    width = min(1.1, max(0.15, 90 / max(1, len(edges))))
+    axes.plot(lines[:, 0], lines[:, 1], color=MUTED, linewidth=width)
+    axes.plot(places[:, 0], places[:, 1], "o", color=FIRST, markersize=min(18, max(3, 400 / num_peers)))
+    for i, (x, y) in enumerate(places if few else ()):
+        axes.text(x, y, str(i), color=PAPER, fontsize=font, ha="center", va="center_baseline")
+    axes.set_aspect("equal")
+    axes.margins(0.12)
+    axes.set_axis_off()
 
 
 def partition(counts: Array, labels: Sequence[str]) -> Drawing | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from dfl_lora.cli import data, export, run, train
+from dfl_lora.cli import data, export, run, topology, train
 from dfl_lora.errors import UserError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("train")(train.train)
 app.command("split")(data.split)
 app.command("view-split")(data.view_split)
 app.command("export")(export.export)
+app.command("topology")(topology.topology)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -330,7 +330,7 @@ DATA = {
         "0.5", "'label'",
     ),
     "a file without rows": case(
-        lambda g: g.text(f"data.path={g.file('empty.csv', 'sentence,label')}"), "empty.csv", "Give a folder"
+        lambda g: g.text(f"data.path={g.file('empty.csv', 'sentence,label')}"), "empty.csv", "no rows"
     ),
     "a client without rows": case(a_client_without_rows, "client_2.csv"),
     "validation without rows": case(

@@ -91,16 +91,18 @@ def test_a_file_of_one_table_is_any_split(tmp_path: Path) -> None:
     assert len(load_rows(str(tmp_path / "rows.jsonl"), None, "validation")) == 12
 
 
-def test_a_folder_with_configurations_gives_the_one_asked_for(tmp_path: Path) -> None:
-    folder = files(".parquet")(tmp_path)
+@pytest.mark.parametrize("ending", [ending for ending in WRITERS if ending])
+def test_a_folder_with_configurations_gives_the_one_asked_for(ending: str, tmp_path: Path) -> None:
+    folder = files(ending)(tmp_path)
     configs = [
-        f"- config_name: {n}\n  data_files: [{{split: train, path: {n}.parquet}}]" for n in ("train", "validation")
+        f"- config_name: {n}\n  data_files: [{{split: train, path: {n}{ending}}}]" for n in ("train", "validation")
     ]
     (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
-    assert len(load_rows(str(folder), "validation", "train")) == 4
-    assert len(load_rows(str(folder), "train", "train")) == 12
-    with pytest.raises(UserError, match=r"\(config other\)"):
-        load_rows(str(folder), "other", "train")
+    assert load_rows(str(folder), "validation", "train").to_list() == HELD
+    assert load_rows(str(folder), "train", "train").to_list() == TRAIN
+    for config in (None, "other"):
+        with pytest.raises(UserError, match="'train', 'validation'"):
+            load_rows(str(folder), config, "train")
 
 
 def test_a_configuration_of_what_has_none_is_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, ReadInstruction, load_dataset, load_from_disk
+from datasets import Dataset, ReadInstruction, get_dataset_config_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pandas.errors import EmptyDataError, ParserWarning
 
@@ -76,8 +76,9 @@ def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, D
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         return load_from_disk(str(place))
     endings = {file.suffix for file in place.rglob("*") if file.suffix in READERS}
-    options = READERS[endings.pop()][1] if len(endings) == 1 else {}
-    return load_dataset(str(place), config, **options)
+    if len(endings) != 1 or (config is None and len(get_dataset_config_names(str(place))) > 1):
+        return load_dataset(str(place), config)  # of several configurations the library names all, but not with options
+    return load_dataset(str(place), config, **READERS[endings.pop()][1])
 
 
 @cache

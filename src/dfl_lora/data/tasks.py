@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, cast
 
 import numpy as np
@@ -37,8 +38,8 @@ def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
     count = len(texts) or 1 + max(numbers)
     if count > MOST_LABELS:
         raise UserError(
-            f"Column '{columns.label}' of '{path}' would make {count:,} labels, such as {values[0]!r} and "
-            f"{values[-1]!r}, but at most {MOST_LABELS:,} are allowed; name the column of the labels in task.label."
+            f"Column '{columns.label}' of '{path}' would make {count:,} labels, such as {shortened(values[0])} and "
+            f"{shortened(values[-1])}, but at most {MOST_LABELS:,} are allowed; name another column in task.label."
         )
     return tuple(sorted(texts)) if texts else tuple(str(i) for i in range(count))
 

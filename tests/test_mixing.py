@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import GRAPHS, Graph, clusters, complete, line, none, ring, star
+from dfl_lora.graphs import GRAPHS, Graph, clusters, complete, from_rows, line, none, ring, star
 from dfl_lora.mixing import (
     MIXINGS,
     Matrix,
@@ -22,7 +22,6 @@ from dfl_lora.mixing import (
     exact_in,
     expected_consensus,
     expected_profile,
-    from_matrix,
     gap,
     lazy,
     matrix,
@@ -37,6 +36,12 @@ from dfl_lora.mixing import given as given_matrix
 from example_graphs import CIRCLE, CONNECTED, EXAMPLES
 
 every_mixing = pytest.mark.parametrize("mixing", MIXINGS.values(), ids=MIXINGS)
+
+
+def from_matrix(rows: list[list[float]]) -> tuple[Graph, Mixing]:
+    """Returns the mixing and the graph of a given W, both checked."""
+    mixing = given_matrix(rows)
+    return from_rows(len(rows), rows=rows), mixing
 
 
 @st.composite

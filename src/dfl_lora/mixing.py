@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph, from_rows, ring, square
+from dfl_lora.graphs import Graph, ring, square
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-6
@@ -116,12 +116,6 @@ def given(rows: Sequence[Sequence[float]]) -> Mixing:
         return Row(peer, {j: float(w[peer, j]) for j in graph.neighbours(peer)})
 
     return mixing
-
-
-def from_matrix(rows: Sequence[Sequence[float]]) -> tuple[Graph, Mixing]:
-    """Returns the graph and the mixing of a given W."""
-    mixing = given(rows)
-    return from_rows(len(rows), rows=[list(row) for row in rows]), mixing
 
 
 def eigenvalues(w: Matrix) -> NDArray[np.floating]:

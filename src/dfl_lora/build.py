@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dfl_lora import codecs, combine, corrections, graphs, mixers, mixing, schedules
+from dfl_lora import codecs, combine, corrections, graphs, mixers, schedules
 from dfl_lora.data import partition, sources, tasks
 from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
 from dfl_lora.errors import UserError
@@ -17,15 +17,26 @@ from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
+from dfl_lora.models.folder import check_room
 from dfl_lora.models.placement import Lora, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
 from dfl_lora.peers import Peers
+from dfl_lora.preflight import (
+    TOY,
+    TOY_HELD_OUT,
+    TOY_ROWS,
+    check_attention,
+    check_partition,
+    check_toy,
+    graph_of,
+    text_columns,
+)
 from dfl_lora.recipe import Compute, Recipe, is_path
 from dfl_lora.rounds import Method
 from dfl_lora.streams import numpy_stream, torch_stream
 
-TOY, TOY_DATA, TOY_INPUTS, TOY_LABELS, TOY_ROWS = "toy", "builtin/toy", 8, 3, 1400
+TOY_INPUTS, TOY_LABELS = 8, 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
     lora = Lora(**recipe.lora.model_dump())
     check_toy(recipe)
+    check_attention(recipe)
     if recipe.task.kind == "toy":
         data, files = toy_data(recipe, hosted), None
         base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
@@ -89,25 +101,10 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
 
 
-def check_toy(recipe: Recipe) -> None:
-    """Raises where a recipe mixes the toy with text, or says of the toy what has no effect on it."""
-    if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
-        recipe.task.kind == "toy"
-    ):
-        raise UserError(
-            f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
-        )
-    unused = [k for k, v in (("task.name", recipe.task.name), ("data.config", recipe.data.config)) if v is not None]
-    if recipe.task.kind == "toy" and unused:
-        raise UserError(f"{unused[0]} has no effect on the toy, which makes its own data; remove it.")
-
-
 def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
     """Returns how this machine computes, by a fixed rule of processor and precision, never by a timing."""
     if learner == "sequential" and compute.dtype == "bfloat16":
         raise UserError("The sequential learner is the reference in float32; set compute.dtype to float32 or auto.")
-    if dropout and compute.attention == "sdpa":
-        raise UserError("compute.attention sdpa cannot draw dropout from the peers' streams; use eager or auto.")
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     native = native and learner == "stacked"
     dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
@@ -125,15 +122,12 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
 def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:
     """Returns the graph and the point in the product of the axes."""
     peers, axes = recipe.peers, recipe.method
-    graph: graphs.Graph = peers.topology.of(peers.num_peers)
-    matrix = peers.topology.kind == "matrix"
-    if matrix and peers.mixing != "metropolis":
-        raise UserError(f"peers.mixing {peers.mixing} has no effect on topology matrix, which is a W; remove it.")
+    graph, weights = graph_of(recipe)
     return graph, Method(
         axes.schedule.of(axes.head),
         lambda t: graph,
         absence(peers.num_peers, peers.participation, recipe.train.seed),
-        mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing],
+        weights,
         corrections.CORRECTIONS[axes.correction],
         mixers.MIXERS[axes.mixer],
         combine.COMBINES[axes.combine],
@@ -166,30 +160,10 @@ def load_base(recipe: Recipe, files: bases.Files, num_labels: int) -> bases.Base
     return bases.load_encoder(files, num_labels, attention, dtype, recipe.train.seed)
 
 
-def text_columns(recipe: Recipe) -> tasks.Columns:
-    """Returns the columns of a known task, or those the recipe names."""
-    task = recipe.task
-    if task.name is not None:
-        for key, value in (("text", task.text), ("labels", task.labels)):
-            if value is not None:
-                raise UserError(
-                    f"task.{key} has no effect with task.name {task.name}, which sets it; remove one of them."
-                )
-        known = tasks.TASKS[task.name]
-        return tasks.Columns(known.text, task.label, known.names, known.metric)
-    text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
-    if len(text) > 2:
-        raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
-    return tasks.Columns(tuple(text), task.label, None if task.labels is None else tuple(task.labels))
-
-
 def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
     """Loads, tokenises and shares out the rows of a text task."""
     data, columns = recipe.data, text_columns(recipe)
-    if data.per_peer is not None and (data.partition.kind, data.partition.min_size) != ("iid", 1):
-        raise UserError(
-            "data.partition has no effect with data.per_peer, where each peer has its own rows; remove one."
-        )
+    check_partition(recipe)
     shared, everyone = data.per_peer is None, range(recipe.peers.num_peers)
     owners = [0] * len(everyone) if shared else list(hosted)
     paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
@@ -208,8 +182,7 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
         parts = [np.arange(len(labels[i])) for i in owners]
     tokenizer, limit = bases.load_tokenizer(files), min(recipe.task.max_length, bases.max_tokens(files))
     special = tokenizer.num_special_tokens_to_add(pair=len(columns.text) == 2)
-    if limit <= special + 1:
-        raise UserError(f"task.max_length {limit} leaves no room beside {special} special tokens; use a larger one.")
+    check_room(limit, special)
     tokens = tasks.Tokenization(tokenizer, files.tokenizer, limit, recipe.task.truncation_side)
     read = {i: tokens.source(rows, columns, names, paths[i]) for i, rows in tables.items()}
     shards = {
@@ -265,7 +238,7 @@ def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
     inputs = torch.randn(TOY_ROWS, TOY_INPUTS, generator=generator)
     teacher = torch.randn(TOY_INPUTS, TOY_LABELS, generator=generator)
     source = VectorSource(inputs, (inputs @ teacher).argmax(1))
-    held_out, rows = np.arange(400), np.arange(400, TOY_ROWS)
+    held_out, rows = np.arange(TOY_HELD_OUT), np.arange(TOY_HELD_OUT, TOY_ROWS)
     labels = source.labels.numpy()
     shared = share_out(recipe, labels[rows], no_column)
     parts = [rows[part] for part in shared]

@@ -19,7 +19,7 @@ from encoders import Setting, distances, load, start_apart, token_data, toy_base
 
 UNEVEN = (33, 7, 18)
 ROUNDS = 3
-LINE = GRAPHS["line"](3)  # not complete: what is shared and not trained must go on moving
+RING = GRAPHS["complete"](3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Pull:
 
 def run(setting: Setting, learner: Learner) -> Peers:
     """Returns the peers after three rounds of the loop with the toy correction."""
-    method = Method(setting.schedule, lambda t: LINE, correction=Pull())
+    method = Method(setting.schedule, lambda t: RING, correction=Pull())
     peers = start_apart(setting.peers(), 0.02)
     for record in rounds(peers, method, learner, MemoryNetwork()):
         assert not record.traffic.refused
@@ -182,7 +182,7 @@ def test_zero_memory_changes_nothing() -> None:
 
 def test_the_parts_of_a_message_travel_in_one_frame() -> None:
     setting = toy("lora", "shared", LocalWork(1, 8, steps=1))
-    method = Method(setting.schedule, lambda t: LINE, correction=Pull())
+    method = Method(setting.schedule, lambda t: RING, correction=Pull())
     peers = setting.peers()
     traffic = next(rounds(peers, method, setting.stacked(), MemoryNetwork())).traffic
     assert traffic.messages == 6

@@ -5,8 +5,6 @@ or a new line, as in GLUE's own files. The split `validation` of data that has t
 """
 
 import csv
-import json
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -19,13 +17,24 @@ from datasets.exceptions import DatasetGenerationError
 from pandas.errors import EmptyDataError, ParserWarning
 
 from dfl_lora.data.generator import Rows, pairs, sentences
-from dfl_lora.errors import UserError, nearest
+from dfl_lora.data.places import (
+    BUILTIN_ROWS,
+    broken_line,
+    cannot_load,
+    check_column,
+    check_config,
+    check_ending,
+    name_and_slice,
+    no_rows,
+    split_among,
+)
+from dfl_lora.data.places import peer_path as peer_path
+from dfl_lora.errors import UserError
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said in our own sentence
 BUILTIN = "builtin/sentences"
 BUILTINS: dict[str, Callable[[str, int], Rows]] = {BUILTIN: sentences, "builtin/pairs": pairs}
-BUILTIN_ROWS = {"train": 4000, "validation": 500}
 TABLE: dict[str, Any] = {"index_col": False}  # else a row longer than the header moves every value by a column
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -34,15 +43,12 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
 }
-PLACES = f"a folder, a {', '.join(READERS)} file, a save_to_disk folder, {', '.join(BUILTINS)}"
-SLICE = re.compile(r"([^\[\]+]+)(\[[^\[\]]*\])?")
 
 
 def load_rows(path: str, config: str | None, split: str) -> Dataset:
     """Returns the rows of one split; raises a sentence that names what is there where it cannot."""
     place = Path(path).expanduser()
-    if config is not None and (path in BUILTINS or place.is_file()):
-        raise UserError(f"The configuration '{config}' has no effect on '{path}', which has none; remove it.")
+    check_config(path, config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)
@@ -50,15 +56,11 @@ def load_rows(path: str, config: str | None, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # loaders raise many kinds; each means that these rows are not to be had
-        which = f" (config {config})" if config else ""
         broken = place.is_file() or isinstance(error, DatasetGenerationError)
-        advice = (
-            "; correct it, or give other data." if broken else f". Give {PLACES}, or a hub name with the network on."
-        )
-        raise UserError(f"Cannot load data from '{path}'{which}: {reason(error, place)}{advice}") from None
+        raise cannot_load(path, config, reason(error, place), broken) from None
     rows = pick(loaded, split, path)
     if not len(rows):
-        raise UserError(f"'{path}' has no rows in '{split}'; give data, a split or a slice that has some.")
+        raise no_rows(path, split)
     return rows
 
 
@@ -69,8 +71,7 @@ def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, D
     if not place.exists():
         return load_dataset(path, config)
     if place.is_file():
-        if place.suffix not in READERS:
-            raise UserError(f"Cannot read {place}: the ending must be one of {', '.join(READERS)}.")
+        check_ending(place)
         reader, options = READERS[place.suffix]
         return load_dataset(reader, data_files=str(place), split="train", **options)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
@@ -106,35 +107,10 @@ def reason(error: BaseException, place: Path) -> str:
     return text.rstrip(".") or type(error).__name__
 
 
-def broken_line(place: Path) -> str | None:
-    """Returns which line of a .jsonl file is no JSON object, counted from 1; None where all are."""
-    with place.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f"line {number} is not JSON ({error.msg} at character {error.pos + 1})"
-            if not isinstance(row, dict):
-                return f"line {number} is JSON, but no object such as {{...}}"
-    return None
-
-
 def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Dataset:
     """Returns the split of a dictionary of splits, or the table where there is only one; `train[:1000]` is a slice."""
-    match = SLICE.fullmatch(split)
-    if match is None:
-        raise UserError(
-            f"'{split}' is no split; write a name, or a slice of it such as train[:1000] or train[10%:20%]."
-        )
-    name, cut = match.groups()
-    if isinstance(loaded, Dataset):
-        rows = loaded
-    elif name in loaded:
-        rows = loaded[name]
-    elif name == "validation" and "validation_matched" in loaded:
-        rows = loaded["validation_matched"]
-    else:
-        raise UserError(f"'{path}' has no split '{name}'; it has {', '.join(loaded)}.{nearest(name, loaded)}")
+    name, cut = name_and_slice(split)
+    rows = loaded if isinstance(loaded, Dataset) else loaded[split_among(loaded, name, path)]
     if cut is None:
         return rows
     try:
@@ -147,18 +123,9 @@ def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Data
     return rows.select(range(len(rows))[part.from_ : part.to] or [])  # the library refuses a range that is empty
 
 
-def peer_path(template: str, peer: int) -> str:
-    """Returns the path of a peer (ids from 0) from a template with {i} or {}, which count from 1."""
-    return template.replace("{i}", str(peer + 1)).replace("{}", str(peer + 1))
-
-
 def column(rows: Dataset, name: str, path: str) -> list[object]:
     """Returns a column as a list, or raises with the columns there are."""
-    if name not in rows.column_names:
-        raise UserError(
-            f"'{path}' has no column '{name}'; its columns are {', '.join(rows.column_names)}."
-            f"{nearest(name, rows.column_names)}"
-        )
+    check_column(rows.column_names, name, path)
     try:
         values: list[object] = rows[name][:]  # whole: row by row takes 100 times as long
         return values

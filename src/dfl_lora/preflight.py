@@ -1,0 +1,184 @@
+"""What can be known to be wrong with a recipe before anything heavy is loaded: said within a second, not a minute.
+
+It looks as far as is cheap: at the graph and its matrix, at options without effect, at the files of the base model
+(never at its weights), at columns, labels and numbers of rows. Where it cannot tell it says nothing, since everything
+is checked again when it is loaded. No torch, transformers, peft or datasets here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from dfl_lora import mixing
+from dfl_lora.data import labels, partition
+from dfl_lora.data.glance import Glance, glance
+from dfl_lora.data.glue import TASKS, Columns
+from dfl_lora.data.places import check_column, check_text, is_local, peer_path
+from dfl_lora.errors import UserError
+from dfl_lora.graphs import Graph
+from dfl_lora.mixing import Mixing
+from dfl_lora.models import folder
+from dfl_lora.recipe import Recipe, is_path
+
+TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
+TOY_MODULES = folder.Modules({"encoder.first": 8, "encoder.second": 16, "classifier": 16})
+LOOKED_AT = 64
+"""Peers with rows of their own at whose tables one looks; that they exist is checked of all."""
+SHORT = 8
+"""Tokens of a row below which it is counted whether the special tokens leave room for any word."""
+
+
+def preflight(recipe: Recipe) -> None:
+    """Raises one sentence where a cheap look tells that a recipe cannot run."""
+    graph_of(recipe)
+    check_toy(recipe)
+    check_attention(recipe)
+    if recipe.task.kind == "toy":
+        partition.enough(table_of(TOY_ROWS - TOY_HELD_OUT), recipe.peers.num_peers, recipe.data.partition.min_size)
+        check_targets(TOY_MODULES, recipe)
+        return
+    columns = text_columns(recipe)
+    check_partition(recipe)
+    check_model(recipe, len(columns.text))
+    check_rows(recipe, columns)
+
+
+def graph_of(recipe: Recipe) -> tuple[Graph, Mixing]:
+    """Returns the graph of a recipe and the weights on it."""
+    peers = recipe.peers
+    graph: Graph = peers.topology.of(peers.num_peers)
+    matrix = peers.topology.kind == "matrix"
+    if matrix and peers.mixing != "metropolis":
+        raise UserError(f"peers.mixing {peers.mixing} has no effect on topology matrix, which is a W; remove it.")
+    return graph, mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing]
+
+
+def check_toy(recipe: Recipe) -> None:
+    """Raises where a recipe mixes the toy with text, or says of the toy what has no effect on it."""
+    if (recipe.task.kind == "toy") != (recipe.model.name_or_path == TOY) or (recipe.data.path == TOY_DATA) != (
+        recipe.task.kind == "toy"
+    ):
+        raise UserError(
+            f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
+        )
+    unused = [k for k, v in (("task.name", recipe.task.name), ("data.config", recipe.data.config)) if v is not None]
+    if recipe.task.kind == "toy" and unused:
+        raise UserError(f"{unused[0]} has no effect on the toy, which makes its own data; remove it.")
+
+
+def check_attention(recipe: Recipe) -> None:
+    if recipe.train.dropout and recipe.compute.attention == "sdpa":
+        raise UserError("compute.attention sdpa cannot draw dropout from the peers' streams; use eager or auto.")
+
+
+def text_columns(recipe: Recipe) -> Columns:
+    """Returns the columns of a known task, or those the recipe names."""
+    task = recipe.task
+    if task.name is not None:
+        for key, value in (("text", task.text), ("labels", task.labels)):
+            if value is not None:
+                raise UserError(
+                    f"task.{key} has no effect with task.name {task.name}, which sets it; remove one of them."
+                )
+        known = TASKS[task.name]
+        return Columns(known.text, task.label, known.names, known.metric)
+    text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
+    if len(text) > 2:
+        raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
+    return Columns(tuple(text), task.label, None if task.labels is None else tuple(task.labels))
+
+
+def check_partition(recipe: Recipe) -> None:
+    """Raises where rows that are not shared out are to be partitioned."""
+    how = recipe.data.partition
+    if recipe.data.per_peer is not None and (how.kind, how.min_size) != ("iid", 1):
+        raise UserError(
+            "data.partition has no effect with data.per_peer, where each peer has its own rows; remove one."
+        )
+
+
+def check_model(recipe: Recipe, num_texts: int) -> None:
+    """Looks at the files of the base model: family, tokenizer, and whether the targets are among its modules."""
+    name = recipe.model.name_or_path
+    found = folder.find(name)
+    if found is None:
+        if is_local(name):
+            raise folder.no_model(name, "there is no such folder")
+        return
+    path, known_as = found
+    weights, config = folder.weights_in(path, name), folder.read_config(path)
+    folder.check_family(config.get("model_type"), known_as)
+    folder.check_tokenizer(path)
+    check_targets(folder.modules_in(weights, str(config["model_type"])), recipe)
+    limit = recipe.task.max_length
+    if limit <= SHORT and (special := folder.special_tokens(path, num_texts == 2)) is not None:
+        folder.check_room(limit, special)
+
+
+def check_targets(modules: folder.Modules, recipe: Recipe) -> None:
+    modules.check(recipe.lora.target_modules)
+    if recipe.lora.init == "orthonormal":
+        modules.check_rank(recipe.lora.target_modules, recipe.lora.r)
+
+
+def check_rows(recipe: Recipe, columns: Columns) -> None:
+    """Looks at the rows of training and of validation: where they are, columns, labels, and how many."""
+    data, num_peers = recipe.data, recipe.peers.num_peers
+    if data.per_peer is not None:
+        check_each("data.per_peer", data.per_peer, num_peers)
+        paths = [peer_path(data.per_peer, i) for i in range(min(num_peers, LOOKED_AT))]
+    else:
+        paths = [str(data.path)]
+    tables = {path: glance(path, data.config, data.train) for path in paths}
+    found = {path: look(table, columns, path) for path, table in tables.items() if table is not None}
+    for table in tables.values() if data.per_peer is None else ():
+        if table is not None and table.num_rows is not None:
+            partition.enough(table_of(table.num_rows), num_peers, data.partition.min_size)
+    known = [names for names in found.values() if names is not None]
+    everything = len(known) == (1 if data.per_peer is None else num_peers)
+    check_validation(recipe, columns, labels.common_names(known) if everything else columns.names)
+
+
+def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | None) -> None:
+    """Looks at the rows on which peers are evaluated; `names` are the labels of the rows of training."""
+    data, num_peers = recipe.data, recipe.peers.num_peers
+    if not is_path(data.validation):
+        held_out = {str(data.path): glance(str(data.path), data.config, data.validation)}
+    else:
+        check_each("data.validation", data.validation, num_peers)
+        paths = [peer_path(data.validation, i) for i in range(min(num_peers, LOOKED_AT))]
+        held_out = {path: glance(path, None, "validation") for path in dict.fromkeys(paths)}
+    for path, table in held_out.items():
+        if table is not None:
+            look(table, columns, path, names)
+
+
+def check_each(key: str, template: str, num_peers: int) -> None:
+    """Raises with the first peer whose own rows are not there, where those of a peer are in this place at all."""
+    paths = [peer_path(template, i) for i in range(num_peers)]
+    there = [Path(path).expanduser().exists() for path in paths]
+    if len(set(paths)) > 1 and not all(there) and (any(there) or is_local(template)):
+        i = there.index(False)
+        raise UserError(
+            f"{key}: there is no '{paths[i]}', the rows of peer {i} ({i + 1} in the template); "
+            f"put them there, or change the template or peers.num_peers ({num_peers})."
+        )
+
+
+def look(table: Glance, columns: Columns, path: str, names: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """Checks the columns of a table and its labels, which must be among `names`; returns the names of its labels."""
+    check_column(table.columns, columns.label, path)
+    values, own = table.read(columns.label), table.class_labels.get(columns.label)
+    if values is not None:
+        given = labels.checked(values, columns.label, path)
+        names = names or labels.names_of(given, own, columns, path)
+        labels.numbers_of(given, own, names, columns.label, path)
+    for name in columns.text:
+        check_column(table.columns, name, path)
+        check_text(table.read(name) or [], name, path)
+    return names
+
+
+def table_of(num_rows: int) -> partition.Table:
+    """Returns a table of which nothing but the number of rows is known."""
+    return partition.Table(np.zeros(num_rows, dtype=np.int64), lambda name: [])

@@ -9,6 +9,7 @@ import torch
 from dfl_lora.graphs import GRAPHS
 from dfl_lora.learners import Learner
 from dfl_lora.learners.work import LocalWork
+from dfl_lora.mixing import lazy
 from dfl_lora.models.placement import Lora
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peer, Peers
@@ -45,7 +46,7 @@ class Pull:
 
 def run(setting: Setting, learner: Learner) -> Peers:
     """Returns the peers after three rounds of the loop with the toy correction."""
-    method = Method(setting.schedule, lambda t: RING, correction=Pull())
+    method = Method(setting.schedule, lambda t: RING, mixing=lazy, correction=Pull())  # so that no mixing is the last
     peers = start_apart(setting.peers(), 0.02)
     for record in rounds(peers, method, learner, MemoryNetwork()):
         assert not record.traffic.refused

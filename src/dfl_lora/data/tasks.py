@@ -113,12 +113,16 @@ def read_arrays(folder: Path) -> dict[str, np.memmap[Any, Any]]:
         return {}
 
 
+def cache_place() -> Path:
+    """Returns where token caches are, made or not: under DFL_LORA_CACHE, or dfl-lora under the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get("DFL_LORA_CACHE") or Path(cache).expanduser() / "dfl-lora"
+    return Path(root) / "tokens"
+
+
 def cache_folder() -> Path:
-    """Returns the private folder of token caches (mode 0700): DFL_LORA_CACHE, or dfl-lora under the user's cache."""
-    root = (
-        os.environ.get("DFL_LORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dfl-lora"
-    )
-    folder = Path(root) / "tokens"
+    """Returns the private folder of token caches (mode 0700), made where it is missing."""
+    folder = cache_place()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     return folder

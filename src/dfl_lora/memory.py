@@ -1,0 +1,303 @@
+"""How much memory a run will need: its peak resident set, predicted before it trains.
+
+    peak = max(loading, process + base + peers + kernels + (1 + HEAP) max(training, evaluation)
+                        + max(exchange, measures, checkpoint, export))
+
+process     this process after one small pass, less base and peers: libraries, rows, what loading left behind
+loading     the peak of this process so far: it has loaded what a run loads
+base        bytes of the frozen model, once
+peers       4 N P (1 + vectors of the optimiser + vectors of the correction)
+training    the tensors alive in the largest pass, forward and backward, which the recipe's own batches give
+evaluation  the same of the largest evaluation pass
+kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
+exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
+measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products
+checkpoint  the state twice: as bytes of each matrix and as one file
+export      the mean of the peers in float64
+
+A pass of k peers, b rows each, of one length needs c0 + c1 k + c2 k b bytes. The coefficients are measured with the
+run's own learner on a few rows: the bytes of all storages alive at a time, seen from torch's dispatcher.
+HEAP and KERNELS are what was measured (glibc 2.36, torch 2.13, MiniLM); an allocator that returns memory needs less.
+Limits: a processor, not a GPU; the first BATCHES batches stand for a longer run.
+"""
+
+import resource
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dfl_lora import machine, measures
+from dfl_lora.build import Federation
+from dfl_lora.data.batches import Batch, evaluation_batches
+from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
+from dfl_lora.peers import Peers
+from dfl_lora.schedules import Phase
+from dfl_lora.tensors import Tensors
+
+HEAP = 1.0
+"""What glibc keeps of freed blocks between the living ones, for each byte of the largest pass: measured 0.7 to 1.2."""
+KERNELS = 512 * 2**20
+"""oneDNN keeps the last 1,024 kernels, half a megabyte each: measured, after which a run in bfloat16 grows no more."""
+BATCHES = 4000
+SMALL = 512
+"""Tokens of a measured pass."""
+FLOAT32, FLOAT64, MANY = 4, 8, 1 << 24
+
+Measured = Callable[[int, Batch], None]
+"""Does a pass of k peers, each with this batch."""
+Shapes = Mapping[tuple[int, ...], Batch]
+"""(peers, rows, padded length or width) of a pass -> the batch of one of its peers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The parts in bytes, what the machine has left for a run, and how many such peers would fit into it."""
+
+    loading: int
+    process: int
+    base: int
+    peers: int
+    kernels: int
+    available: int
+    training: int = 0
+    evaluation: int = 0
+    exchange: int = 0
+    measures: int = 0
+    checkpoint: int = 0
+    export: int = 0
+    peers_that_fit: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return max(self.loading, sum(self.parts().values()))
+
+    def parts(self) -> dict[str, int]:
+        """Returns what adds up to the peak where loading is not the peak itself, by name."""
+        largest = max(self.training, self.evaluation)
+        moments = {name: getattr(self, name) for name in ("exchange", "measures", "checkpoint", "export")}
+        last = max(moments, key=lambda name: moments[name])
+        return {
+            "libraries and rows": self.process,
+            "base model": self.base,
+            "peers": self.peers,
+            "compiled kernels": self.kernels,
+            "training pass" if largest == self.training else "evaluation pass": largest,
+            "kept by the allocator": int(HEAP * largest),
+            last: moments[last],
+        }
+
+    def as_json(self) -> dict[str, int]:
+        """Returns the fields and the total."""
+        return asdict(self) | {"total": self.total}
+
+
+def estimate(federation: Federation, available: int | None = None) -> Estimate:
+    """Returns the predicted memory of a run of all peers the federation hosts; it moves none of them.
+
+    `available` is what the run may use; None: what this machine has left, with what this process gives back.
+    """
+    f, learner = federation, federation.learner
+    assert isinstance(learner, StackedLearner), "memory is known of the stacked learner alone"
+    loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    training, evaluation = training_shapes(learner, f.peers), evaluation_shapes(learner, f.peers)
+    phases = {p.trained: p for p in map(f.method.schedule, range(1, learner.work.rounds + 1))}.values()
+    steps, forward = [training_pass(learner, f.peers, phase) for phase in phases], evaluation_pass(learner, f.peers)
+    steps[0](1, cut(next(iter(training.values())), 2))  # what a process has once: libraries read in, weights touched
+    base = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
+    state = sum(matrix.nbytes for matrix in f.peers.arrays().values())
+    process = machine.own_memory() - base - state
+    used = psutil.heap_info().heap_used
+    alive = [law for step in steps for law in laws_of(step, training, learner.group_tokens)]
+    scored = laws_of(forward, evaluation, 2 * learner.group_tokens)
+    grown = max(0, psutil.heap_info().heap_used - used) // sum(law.passes for law in (*alive, *scored))
+    start = Estimate(
+        loading=loading,
+        process=process,
+        base=base,
+        peers=state,
+        kernels=min(grown * (len(training) * len(steps) + len(evaluation)), KERNELS),
+        available=machine.available_memory() + machine.own_memory() if available is None else available,
+    )
+
+    def of(num_peers: int) -> Estimate:
+        """Returns the estimate of `num_peers` such peers."""
+        growth, held = num_peers / len(f.peers), state * num_peers // len(f.peers)
+        return replace(
+            start,
+            loading=loading + held - state,
+            peers=held,
+            training=int(max(law(growth) for law in alive)),
+            evaluation=int(max(law(growth) for law in scored)),
+            exchange=exchanging(f, num_peers),
+            measures=measuring(f.peers, num_peers),
+            checkpoint=2 * held,
+            export=FLOAT64 * f.peers.layout.size * num_peers,
+        )
+
+    fit = bisect_right(range(1, MANY), start.available, key=lambda n: of(n).total)
+    return replace(of(len(f.peers)), peers_that_fit=fit)
+
+
+def training_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
+    """Returns every shape of a training pass among the first BATCHES batches that the peers will read."""
+    work, shapes, left = learner.work, dict[tuple[int, ...], Batch](), BATCHES
+    steps = {row: work.steps_of(learner.data.train[i]) for row, i in enumerate(peers.ids)}
+    for first, s in ((t, s) for t in range(work.rounds) for s in range(max(steps.values()))):
+        batches = {
+            row: work.order.batch(learner.data.train[peers.ids[row]], peers.ids[row], first * count + s)
+            for row, count in steps.items()
+            if s < count
+        }
+        for rows in passes(batches, learner.group_tokens):
+            shapes[len(rows), *batches[rows[0]].shape] = batches[rows[0]]
+        left -= len(batches)
+        if left <= 0:
+            break
+    return shapes
+
+
+def evaluation_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
+    """Returns every shape of an evaluation pass, and those of the consensus, one peer alone."""
+    shapes = dict[tuple[int, ...], Batch]()
+    for ids in (peers.ids, peers.ids[:1]):
+        streams = [evaluation_batches(learner.data.validation[i], EVALUATION_ROWS) for i in ids]
+        for batches in together(streams):
+            for rows in passes(batches, 2 * learner.group_tokens):
+                shapes[len(rows), *batches[rows[0]].shape] = batches[rows[0]]
+    return shapes
+
+
+@dataclass(frozen=True)
+class Law:
+    """The bytes alive in a pass of k peers with b rows each: c0 + c1 k + c2 k b."""
+
+    shape: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    budget: int
+    """Tokens of a pass, which no number of peers exceeds."""
+    passes: int
+    """How many were measured."""
+
+    def __call__(self, growth: float) -> float:
+        """Returns the bytes of the pass where there are `growth` times as many peers."""
+        k, b, width = self.shape
+        peers = min(max(1, round(k * growth)), max(k, self.budget // (b * width)))
+        return float(np.dot(self.coefficients, [1, peers, peers * b]))
+
+
+def laws_of(run: Measured, shapes: Shapes, budget: int) -> list[Law]:
+    """Returns the laws of the pass with the most tokens and of the one with the most pairs of tokens."""
+    by_tokens = max(shapes, key=lambda s: s[0] * s[1] * s[2])
+    by_pairs = max(shapes, key=lambda s: s[0] * s[1] * s[2] ** 2)
+    return [law_of(run, shape, shapes[shape], budget) for shape in dict.fromkeys((by_tokens, by_pairs))]
+
+
+def law_of(run: Measured, shape: tuple[int, ...], batch: Batch, budget: int) -> Law:
+    """Measures small passes of one length: the law is exact in k and b, and what does not vary has no say.
+
+    Rows stay odd or even as in the large pass, since layers fill each peer's tokens up to whole blocks.
+    """
+    k, b, width = shape
+    few = min(b, max(2, SMALL // width) // 2 * 2 + b % 2)
+    points = list(dict.fromkeys([(1, few), (1, min(b, 2 * few + b % 2)), (min(k, 2), few)]))
+    alive = [peak_of(run, peers, cut(batch, rows)) for peers, rows in points]
+    matrix = np.array([[1, peers, peers * rows] for peers, rows in points], dtype=float)
+    return Law(shape, tuple(np.linalg.lstsq(matrix, np.array(alive, dtype=float))[0]), budget, len(points))
+
+
+def cut(batch: Batch, rows: int) -> Batch:
+    """Returns the first rows of a batch."""
+    return Batch({name: value[:rows] for name, value in batch.inputs.items()}, batch.labels[:rows], batch.tokens)
+
+
+def scratch(peers: Peers, num_peers: int) -> Peers:
+    """Returns other peers like these, to be moved at will."""
+    start = Tensors(peers.x[0].clone(), peers.layout)
+    return Peers(range(num_peers), start, peers.common, optimizer=peers.optimizer, memory=peers.memory)
+
+
+def training_pass(learner: StackedLearner, peers: Peers, phase: Phase) -> Measured:
+    """Returns the local step of some peers with one batch each."""
+
+    def run(k: int, batch: Batch) -> None:
+        rows = range(k)
+        learner.step(scratch(peers, k), rows, [batch] * k, phase, [0.0] * k, [Tally() for _ in rows])
+
+    return run
+
+
+def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
+    """Returns the forward pass of some peers without gradients."""
+    untrained = Phase(1, frozenset(), frozenset())
+
+    @torch.inference_mode()
+    def run(k: int, batch: Batch) -> None:
+        some = scratch(peers, k)
+        learner.forward([batch] * k, learner.leaves(some, some.x, some.x, untrained))
+
+    return run
+
+
+def exchanging(federation: Federation, num_peers: int) -> int:
+    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded."""
+    peer, method, graph = scratch(federation.peers, 1)[0], federation.method, federation.graph
+    numbers = max(method.correction.outgoing(peer, method.schedule(t)).flat.numel() for t in (1, 2))
+    degree = max(graph.degree(i) for i in range(graph.num_peers))
+    return FLOAT32 * numbers * (2 * num_peers + degree + 1)
+
+
+def measuring(peers: Peers, num_peers: int) -> int:
+    """Returns the bytes of the consensus measures of the module that needs most."""
+    sizes = [0]
+    for a, b in measures.factors(peers):
+        r, d_in, d_out = a.shape[1], a.shape[2], b.shape[1]
+        sizes.append(3 * (2 * r * num_peers) ** 2 + num_peers * r * (4 * d_in + 5 * d_out))
+    return FLOAT64 * max(sizes)
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages that come to life inside the block, and the most that lived at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes = dict[int, int]()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tensors_of((args, kwargs)):  # what was there before counts nothing
+            self.sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, storage: int) -> None:
+        self.now -= self.sizes.pop(storage, 0)
+
+
+def tensors_of(values: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def peak_of(run: Measured, num_peers: int, batch: Batch) -> int:
+    """Returns the most bytes of tensors that a pass makes live at a time."""
+    with Alive() as alive:
+        run(num_peers, batch)
+    return int(alive.peak)

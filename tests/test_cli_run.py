@@ -262,7 +262,7 @@ def test_settings_reach_the_run(tmp_path: Path) -> None:
     run = finished(tmp_path, toy(), *(word for setting in settings for word in ("--set", setting)))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["train"]["local"] == {"steps": None, "epochs": 1}
-    assert (recipe["peers"]["topology"]["kind"], recipe["data"]["partition"]["alpha"]) == ("complete", 1)
+    assert (recipe["peers"]["topology"], recipe["data"]["partition"]["alpha"]) == ("complete", 1)
     facts = json.loads((run / "partition.json").read_text())
     assert lines_of(run)[0]["tokens"] == sum(map(sum, facts["counts"])) == 1000
 

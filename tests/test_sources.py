@@ -86,9 +86,13 @@ def test_a_place_with_splits_gives_the_one_asked_for(place: Place, tmp_path: Pat
         load_rows(path, None, "valid")
 
 
-def test_a_file_of_one_table_is_any_split(tmp_path: Path) -> None:
+def test_one_table_is_the_split_train_unless_its_path_is_given_for_other_rows(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", TRAIN)
-    assert len(load_rows(str(tmp_path / "rows.jsonl"), None, "validation")) == 12
+    path = str(tmp_path / "rows.jsonl")
+    assert len(load_rows(path, None, "train")) == len(load_rows(path, None, "validation", alone=True)) == 12
+    assert len(load_rows(path, None, "train[:5]")) == len(load_rows(path, None, "validation[:5]")) == 5
+    with pytest.raises(UserError, match=r"is one table of rows, .* has no split 'validation'; .* train\[90%:\]"):
+        load_rows(path, None, "validation")
 
 
 @pytest.mark.parametrize("ending", [ending for ending in WRITERS if ending])

@@ -175,6 +175,10 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
             "give task.name, or a ClassLabel column."
         )
     names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
+    if len(names) < 2:
+        raise UserError(
+            f"All labels in '{data.path or data.per_peer}' are {names[0]}; give rows of two labels or more."
+        )
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
     if shared:
         parts = share_out(recipe, labels[0], lambda name: sources.column(tables[0], name, paths[0]))
@@ -207,15 +211,15 @@ def validation_shards(
     recipe: Recipe, tokens: tasks.Tokenization, columns: tasks.Columns, names: tuple[str, ...], ids: Iterable[int]
 ) -> dict[int, Shard]:
     """Returns each peer's validation rows: one table for all, or a table of its own."""
-    data, loaded = recipe.data, dict[str, Source]()
+    data, loaded, apart = recipe.data, dict[str, Source](), is_path(recipe.data.validation)
     shards = {}
     for i in ids:
-        if is_path(data.validation):
+        if apart:
             path, split_name, config = sources.peer_path(data.validation, i), "validation", None
         else:
             path, split_name, config = str(data.path), data.validation, data.config
         if path not in loaded:
-            loaded[path] = tokens.source(sources.load_rows(path, config, split_name), columns, names, path)
+            loaded[path] = tokens.source(sources.load_rows(path, config, split_name, alone=apart), columns, names, path)
         source = loaded[path]
         shards[i] = evaluation_shard(recipe, source, np.arange(len(source.lengths)))
     return shards

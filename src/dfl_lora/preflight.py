@@ -13,7 +13,7 @@ from dfl_lora import mixing
 from dfl_lora.data import labels, partition
 from dfl_lora.data.glance import Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
-from dfl_lora.data.places import check_column, check_text, is_local, peer_path
+from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
 from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
 from dfl_lora.mixing import Mixing
@@ -143,6 +143,8 @@ def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | 
     """Looks at the rows on which peers are evaluated; `names` are the labels of the rows of training."""
     data, num_peers = recipe.data, recipe.peers.num_peers
     if not is_path(data.validation):
+        if is_alone(Path(str(data.path)).expanduser()):
+            check_alone(str(data.path), data.validation)
         held_out = {str(data.path): glance(str(data.path), data.config, data.validation)}
     else:
         check_each("data.validation", data.validation, num_peers)

@@ -100,6 +100,12 @@ class Task(Part):
     truncation_side: Literal["right", "left"] = "right"
     """The side on which longer rows are cut."""
 
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.labels and len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels names one twice; give each name once")
+        return self
+
 
 class Partition(Choice):
     """Which rows belong to which peer."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from dfl_lora.cli import data, doctor, export, run, topology, train
+from dfl_lora.cli import check, data, doctor, export, run, topology, train
 from dfl_lora.errors import UserError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("split")(data.split)
 app.command("view-split")(data.view_split)
+app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.command("topology")(topology.topology)

@@ -78,6 +78,21 @@ def split_among(splits: Iterable[str], name: str, path: str) -> str:
     raise UserError(f"'{path}' has no split '{name}'; it has {', '.join(splits)}.{nearest(name, splits)}")
 
 
+def check_alone(path: str, split: str) -> None:
+    """Raises where another split than train is asked of one table without splits: it would be the same rows."""
+    name, cut = name_and_slice(split)
+    if cut is None and name != "train":
+        raise UserError(
+            f"'{path}' is one table of rows, the split train, and has no split '{name}'; give other rows a path of "
+            "their own, or share these out by slices such as train[:90%] and train[90%:]."
+        )
+
+
+def is_alone(place: Path) -> bool:
+    """Tells one table from a place of several splits."""
+    return place.is_file() or (place / "dataset_info.json").is_file()
+
+
 def no_rows(path: str, split: str) -> UserError:
     return UserError(f"'{path}' has no rows in '{split}'; give data, a split or a slice that has some.")
 

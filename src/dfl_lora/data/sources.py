@@ -21,6 +21,7 @@ from dfl_lora.data.places import (
     BUILTIN_ROWS,
     broken_line,
     cannot_load,
+    check_alone,
     check_column,
     check_config,
     check_ending,
@@ -45,8 +46,11 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def load_rows(path: str, config: str | None, split: str) -> Dataset:
-    """Returns the rows of one split; raises a sentence that names what is there where it cannot."""
+def load_rows(path: str, config: str | None, split: str, *, alone: bool = False) -> Dataset:
+    """Returns the rows of one split; raises a sentence that names what is there where it cannot.
+
+    One table without splits is `train`, or with `alone` whatever is asked for: a path given for these rows only.
+    """
     place = Path(path).expanduser()
     check_config(path, config)
     try:
@@ -58,6 +62,8 @@ def load_rows(path: str, config: str | None, split: str) -> Dataset:
     except Exception as error:  # loaders raise many kinds; each means that these rows are not to be had
         broken = place.is_file() or isinstance(error, DatasetGenerationError)
         raise cannot_load(path, config, reason(error, place), broken) from None
+    if isinstance(loaded, Dataset) and not alone:
+        check_alone(path, split)
     rows = pick(loaded, split, path)
     if not len(rows):
         raise no_rows(path, split)

@@ -9,9 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,9 +23,13 @@ from pydantic import (
     model_serializer,
 )
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
+from dfl_lora.strict_yaml import read_yaml
+
+Whole = Annotated[int, Field(strict=True)]
+"""Strict: yes, on and true are no numbers, nor is a text of digits."""
+Positive = Annotated[int, Field(ge=1, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 """Of a whole, or a probability that is not zero."""
 
 NAME = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -115,8 +118,8 @@ def named(value: object) -> object:
         raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
     text, how = match.group(2) or "", f"write {match.group(1)}(option=value)"
     try:
-        options: dict[object, object] = yaml.safe_load("{" + re.sub(r"([\w-]+)\s*=\s*", r"\1: ", text) + "}")
-    except yaml.YAMLError:
+        options = cast(dict[object, object], read_yaml("{" + re.sub(r"([\w-]+)\s*=\s*", r"\1: ", text) + "}"))
+    except ValueError:
         raise ValueError(f"'{text}' in '{value}' are no options; {how}") from None
     for key in options:
         if not re.search(rf"\b{re.escape(str(key))}\s*=", text):

@@ -22,6 +22,12 @@ from dfl_lora.recipe import Recipe, is_path
 
 TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
 TOY_MODULES = folder.Modules({"encoder.first": 8, "encoder.second": 16, "classifier": 16})
+WITHOUT_EFFECT = {
+    "model": ("revision",),
+    "task": ("name", "text", "label", "labels", "max_length", "truncation_side"),
+    "data": ("config", "train", "validation", "per_peer"),
+}
+"""Keys that mean nothing to the toy."""
 LOOKED_AT = 64
 """Peers with rows of their own at whose tables one looks; that they exist is checked of all."""
 SHORT = 8
@@ -36,11 +42,11 @@ def preflight(recipe: Recipe) -> None:
     if recipe.task.kind == "toy":
         partition.enough(table_of(TOY_ROWS - TOY_HELD_OUT), recipe.peers.num_peers, recipe.data.partition.min_size)
         check_targets(TOY_MODULES, recipe)
-        return
-    columns = text_columns(recipe)
-    check_partition(recipe)
-    check_model(recipe, len(columns.text))
-    check_rows(recipe, columns)
+    else:
+        columns = text_columns(recipe)
+        check_partition(recipe)
+        check_model(recipe, len(columns.text))
+        check_rows(recipe, columns)
 
 
 def graph_of(recipe: Recipe) -> tuple[Graph, Mixing]:
@@ -61,9 +67,11 @@ def check_toy(recipe: Recipe) -> None:
         raise UserError(
             f"task.kind toy goes with model.name_or_path {TOY} and data.path {TOY_DATA}, and only with them."
         )
-    unused = [k for k, v in (("task.name", recipe.task.name), ("data.config", recipe.data.config)) if v is not None]
-    if recipe.task.kind == "toy" and unused:
-        raise UserError(f"{unused[0]} has no effect on the toy, which makes its own data; remove it.")
+    for part, keys in WITHOUT_EFFECT.items() if recipe.task.kind == "toy" else ():
+        given, fields = getattr(recipe, part), type(getattr(recipe, part)).model_fields
+        for key in keys:
+            if getattr(given, key) != fields[key].default:
+                raise UserError(f"{part}.{key} has no effect on the toy, which makes its own data; remove it.")
 
 
 def check_attention(recipe: Recipe) -> None:
@@ -85,6 +93,8 @@ def text_columns(recipe: Recipe) -> Columns:
     text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
     if len(text) > 2:
         raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
+    if task.labels is not None and len(set(task.labels)) < len(task.labels):
+        raise UserError(f"task.labels names a label twice: {', '.join(task.labels)}; name each once.")
     return Columns(tuple(text), task.label, None if task.labels is None else tuple(task.labels))
 
 
@@ -106,6 +116,8 @@ def check_model(recipe: Recipe, num_texts: int) -> None:
             raise folder.no_model(name, "there is no such folder")
         return
     path, known_as = found
+    if recipe.model.revision is not None:
+        raise UserError(f"model.revision has no effect on '{name}', which is here and not on the hub; remove it.")
     weights, config = folder.weights_in(path, name), folder.read_config(path)
     folder.check_family(config.get("model_type"), known_as)
     folder.check_tokenizer(path)
@@ -116,9 +128,9 @@ def check_model(recipe: Recipe, num_texts: int) -> None:
 
 
 def check_targets(modules: folder.Modules, recipe: Recipe) -> None:
-    modules.check(recipe.lora.target_modules)
-    if recipe.lora.init == "orthonormal":
-        modules.check_rank(recipe.lora.target_modules, recipe.lora.r)
+    lora = recipe.lora
+    modules.check(lora.target_modules)
+    modules.check_rank(lora.target_modules, lora.r, orthonormal=lora.init == "orthonormal")
 
 
 def check_rows(recipe: Recipe, columns: Columns) -> None:

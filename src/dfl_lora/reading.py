@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, cast, get_args
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dfl_lora.choices import NAME, named, options_of
@@ -14,6 +14,7 @@ from dfl_lora.errors import UserError, nearest
 from dfl_lora.graphs import GRAPHS
 from dfl_lora.recipe import Recipe
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.strict_yaml import read_yaml
 
 ALTERNATIVES = (
     {"train.local.steps", "train.local.epochs"},
@@ -32,13 +33,18 @@ BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int|<.*>", re.
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `a.b=value` settings; raises one sentence where anything is wrong."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"There is no recipe at {path}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path} is not readable YAML: {error.strerror}; give the path of a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not readable YAML: it is no text in UTF-8; save it as such.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable YAML: {error}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not a mapping of recipe keys such as model and data.")
+        what = {"NoneType": "nothing", "str": "a text", "list": "a list"}.get(type(content).__name__, "a value")
+        raise UserError(f"{path} holds {what}, not a mapping of recipe keys such as model and data.")
     return resolve(cast(dict[str, Any], content), settings, str(path))
 
 
@@ -49,9 +55,11 @@ def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str =
         if not equals:
             raise UserError(f"--set {setting}: write key=value, such as --set train.rounds=5.")
         try:
-            set_key(content, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: '{text}' is not a YAML value.") from None
+            value = read_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--set {setting}: '{text}' is not a YAML value ({error}).") from None
+        try:
+            set_key(content, key.strip(), value)
         except ValueError as error:
             raise UserError(f"--set {setting}: {error}.") from None
     try:
@@ -111,10 +119,25 @@ def sentence(error: ValidationError, whole: Any = Recipe, at: str = "") -> str:
         allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
         other = f" or a number ({'; '.join(branches)})" if branches else ""
         return f"{place} is '{given}'; allowed are {', '.join(allowed)}{other}.{nearest(given, allowed)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] == "value_error" else f" (given: {first['input']!r})"
-    end = "" if not given and message.endswith((".", "?")) else "."
-    return f"{place}: {message}{given}{end}{more}"
+    if first["type"] in ("model_type", "dict_type"):
+        fields = fields_at(whole, first["loc"])
+        own = f"it holds keys of its own: {', '.join(fields)}; write them below it"
+        return f"{place} is {shown(first['input'])}, but {own}.{more}"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{place} is {shown(first['input'])}; allowed are letters, digits, '_', '-' and '.'.{more}"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}{'' if message.endswith(('.', '?')) else '.'}{more}"
+    messages = (re.sub(r" after validation.*", "", message) for message in (first["msg"], *branches))
+    wanted = " or ".join(dict.fromkeys(re.sub(r"^\w+ should ", "", message) for message in messages))
+    return f"{place}: it should {wanted.replace(' or be ', ' or ')} (given: {shown(first['input'])}).{more}"
+
+
+def shown(value: object) -> str:
+    """Returns a value as Python writes it, cut where it is long."""
+    short = Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 def place_of(loc: Sequence[str | int]) -> str:

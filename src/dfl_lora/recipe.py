@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, choice
+from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.data.saved import read_saved
@@ -68,9 +68,9 @@ class LoraPart(Part):
 
     r: Positive = 8
     """The rank."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    lora_alpha: PositiveFloat = 16
     """The product B A is scaled by alpha / r."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     """Dropout on the input of A; masks come from a stream per peer."""
     target_modules: str | list[str]
     """Module names (suffixes), one regular expression, or all-linear."""
@@ -112,7 +112,7 @@ class Partition(Choice):
 
     min_size: Positive = 1
     """The fewest rows of any peer."""
-    seed: int | None = None
+    seed: Whole | None = None
     """null: train.seed."""
 
     @model_validator(mode="after")
@@ -168,7 +168,7 @@ class Topology(Choice):
 class PeersPart(Part):
     """How many, and who talks to whom with which weight."""
 
-    num_peers: Positive = 7
+    num_peers: Annotated[Positive, Field(le=100_000)] = 7
     """1 trains alone: the centralised reference."""
     topology: choice(GRAPHS, "link3", Topology) = "link3"  # type: ignore[valid-type]
     """The graph."""
@@ -231,11 +231,11 @@ class Train(Part):
     """At the start."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Decays end at 2 % of learning_rate."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: PositiveFloat | None = None
     """Clips each peer's gradient."""
     dropout: bool = False
     """Turns the base model's own dropout on."""
-    seed: int = 0
+    seed: Whole = 0
     """Names every draw of the run."""
 
 
@@ -283,7 +283,7 @@ class Output(Part):
 class Recipe(Part):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=100)] = "run"
     """Names the run directory: letters, digits, '.', '_' and '-'."""
     model: Model
     lora: LoraPart

@@ -14,6 +14,8 @@ BUILTIN_COLUMNS = {
 }
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 PLACES = f"a folder, a {', '.join(ENDINGS)} file, a save_to_disk folder, {', '.join(BUILTIN_COLUMNS)}"
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""What save_to_disk writes into a folder."""
 SLICE = re.compile(r"([^\[\]+]+)(\[[^\[\]]*\])?")
 
 
@@ -29,7 +31,9 @@ def is_local(path: str) -> bool:
 
 def check_config(path: str, config: str | None) -> None:
     """Raises where a configuration is given to what has none."""
-    if config is not None and (path in BUILTIN_COLUMNS or Path(path).expanduser().is_file()):
+    place = Path(path).expanduser()
+    single = path in BUILTIN_COLUMNS or place.is_file() or any((place / name).is_file() for name in SAVED)
+    if config is not None and single:
         raise UserError(f"The configuration '{config}' has no effect on '{path}', which has none; remove it.")
 
 

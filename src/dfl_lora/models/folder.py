@@ -139,12 +139,17 @@ class Modules:
         except re.error:
             return set()
 
-    def check_rank(self, targets: Targets, r: int) -> None:
-        """Raises where a target has fewer inputs than `r`, the most rows that can be orthonormal."""
-        for name in sorted(self.matched(targets)):
-            d_in = self.linear.get(name)
-            if d_in is not None and r > d_in:
-                raise too_high(r, d_in)
+    def check_rank(self, targets: Targets, r: int, *, orthonormal: bool) -> None:
+        """Raises where no target has as many inputs as `r`, or, if A is to be orthonormal, where one has fewer."""
+        inputs = [self.linear.get(name) for name in sorted(self.matched(targets))]
+        known = [d_in for d_in in inputs if d_in is not None]
+        if known and orthonormal and r > min(known):
+            raise too_high(r, min(known))
+        if known and len(known) == len(inputs) and r > max(known):
+            raise UserError(
+                f"lora.r is {r}, but the target modules have at most {max(known)} inputs, and a higher rank adds "
+                "nothing to what A can hold; use a smaller rank."
+            )
 
 
 def suffixed(name: str, target: str) -> bool:

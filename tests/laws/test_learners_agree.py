@@ -168,7 +168,7 @@ def test_on_the_embedded_encoder_both_learners_end_with_the_same_peers(tmp_path:
         {
             "model": {"name_or_path": "all-MiniLM-L6-v2"},
             "lora": {"r": 4, "lora_alpha": 32, "target_modules": ["query", "value"]},
-            "data": {"path": str(tmp_path / "rows")},
+            "data": {"path": str(tmp_path / "rows"), "train": "train[:48]", "validation": "train[48:]"},
             "peers": {"num_peers": 2, "topology": "complete"},
             "train": {"rounds": 1, "local": {"steps": 2}, "batch_size": 8, "learning_rate": 2e-3},
             "evaluate": {"rows": 16},

@@ -56,7 +56,8 @@ def table(errors: Errors) -> str:
     last = {schedule: values[:, :, -1] for schedule, values in errors.items()}
     ratios = last["lora"] / last["freeze_a"]
     published = np.array(PUBLISHED["lora"]) / np.array(PUBLISHED["freeze_a"])
-    model = [mixing.expected_consensus(mixing.matrix(graphs.GRAPHS[g](7), mixing.metropolis)) for g in GRAPHS]
+    ws = [mixing.matrix(graphs.GRAPHS[name](7), mixing.metropolis) for name in GRAPHS]
+    model, pull = [mixing.expected_consensus(w) for w in ws], [mixing.expected_drift(w) for w in ws]
     rows = [("| |", [f" {g} |" for g in GRAPHS], " profile |"), ("|---|", ["---|" for _ in GRAPHS], "---|")]
 
     def row(name: str, values: Any, text: Callable[[Any], str], told: str) -> None:
@@ -68,7 +69,8 @@ def table(errors: Errors) -> str:
     for schedule, name in SCHEDULES.items():
         row(f"published, {name}", PUBLISHED[schedule], lambda v: f"{v:.2f}", profile(PUBLISHED[schedule]))
     row("published, LoRA / DFL-LoRA", published, lambda v: f"{v:.1f}", "")
-    row("linear model", model, lambda v: f"{v:.3f}", profile(model))
+    row("linear model, new noise each round", model, lambda v: f"{v:.3f}", profile(model))
+    row("linear model, constant pull", pull, lambda v: f"{v:.3f}", profile(pull))
     return "\n".join(start + "".join(cells) + end for start, cells, end in rows)
 
 

@@ -21,6 +21,7 @@ from dfl_lora.mixing import (
     eigenvalues,
     exact_in,
     expected_consensus,
+    expected_drift,
     expected_profile,
     gap,
     lazy,
@@ -51,6 +52,21 @@ def connected_graphs(draw: st.DrawFn, smallest: int = 1, largest: int = 9) -> Gr
     tree = [(i, draw(st.integers(0, i - 1))) for i in range(1, n)]
     more = draw(st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=8))
     return Graph.of(n, [*tree, *((i, j) for i, j in more if i != j)])
+
+
+@pytest.mark.parametrize("name", ["link3", "link4", "link6", "du14"])
+def test_the_expected_drift_is_what_constant_pulls_and_mixing_settle_at(name: str) -> None:
+    """Mean square over pulls along each axis of x <- W (x + u), less the part that is common to all."""
+    w = matrix(GRAPHS[name](7), metropolis)
+    x = np.zeros((7, 7))
+    for _ in range(2000):
+        x = w @ (x + np.eye(7) - 1 / 7)
+    assert expected_drift(w) == pytest.approx(np.linalg.norm(x), rel=1e-9)
+
+
+def test_peers_that_never_agree_drift_without_end_and_equal_ones_not_at_all() -> None:
+    assert expected_drift(np.eye(3)) == math.inf
+    assert expected_drift(np.full((4, 4), 0.25)) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_expected_consensus_is_what_noise_and_mixing_settle_at() -> None:

@@ -181,6 +181,18 @@ def expected_consensus(w: Matrix) -> float:
     return float(np.sqrt((squares / (1.0 - squares)).sum()))
 
 
+def expected_drift(w: Matrix) -> float:
+    """Returns sqrt(sum_k lambda_k^2 / (1 - lambda_k)^2) over the eigenvalues but the first; inf if peers never agree.
+
+    The stationary disagreement where every peer is pulled in a direction of its own that stays the same, as by skewed
+    data, and then mixes: each mode adds up to lambda / (1 - lambda) of its pull. Again only ratios mean anything.
+    """
+    values = eigenvalues(w)[1:]
+    if (np.abs(values) > 1 - ROUNDING).any():
+        return math.inf
+    return float(np.sqrt((values**2 / (1.0 - values) ** 2).sum()))
+
+
 def expected_profile(graph: Graph, mixing: Mixing) -> float:
     """Returns the expected consensus relative to that of the ring of as many peers under the same mixing.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfl_lora import mixing
+from dfl_lora import hub, mixing
 from dfl_lora.data import labels, partition
 from dfl_lora.data.glance import Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
@@ -114,6 +114,8 @@ def check_model(recipe: Recipe, num_texts: int) -> None:
     if found is None:
         if is_local(name):
             raise folder.no_model(name, "there is no such folder")
+        if not hub.settle("model", name):
+            raise folder.no_model(name, hub.NOT_HERE)
         return
     path, known_as = found
     if recipe.model.revision is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dfl_lora import hub
 from dfl_lora.data.places import (
     BUILTIN_COLUMNS,
     BUILTIN_ROWS,
@@ -63,6 +64,8 @@ def glance(path: str, config: str | None, split: str) -> Glance | None:
     if not place.exists():
         if is_local(path):
             raise cannot_load(path, config, "there is no such file or folder", False)
+        if not hub.settle("dataset", path):
+            raise cannot_load(path, config, hub.NOT_HERE, False)
         return None
     try:
         table = file_at(place) if place.is_file() else folder_at(place, path, config, name)

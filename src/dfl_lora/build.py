@@ -9,6 +9,7 @@ import torch
 from dfl_lora import codecs, combine, corrections, graphs, mixers, schedules
 from dfl_lora.data import partition, sources, tasks
 from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
+from dfl_lora.data.labels import check_several
 from dfl_lora.errors import UserError
 from dfl_lora.learners import Learner
 from dfl_lora.learners.optimizers import OPTIMIZERS
@@ -175,10 +176,7 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
             "give task.name, or a ClassLabel column."
         )
     names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
-    if len(names) < 2:
-        raise UserError(
-            f"All labels in '{data.path or data.per_peer}' are {names[0]}; give rows of two labels or more."
-        )
+    check_several(names, str(data.path or data.per_peer))
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
     if shared:
         parts = share_out(recipe, labels[0], lambda name: sources.column(tables[0], name, paths[0]))

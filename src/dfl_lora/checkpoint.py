@@ -16,9 +16,8 @@ from safetensors.torch import load, save
 
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
+from dfl_lora.latest import LATEST, damaged, read_latest, seal_of
 from dfl_lora.peers import Peers
-
-LATEST = "latest.json"
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,19 @@ def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: M
 
 def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | None:
     """Loads the last state into the peers; None where there is none. Raises where it is damaged or of another run."""
-    if not (folder / LATEST).exists():
+    latest = read_latest(folder)
+    if latest is None:
         return None
     try:
-        latest = json.loads((folder / LATEST).read_text())
-        sealed = latest.pop("seal") == seal_of(latest)
         content = (folder / Path(latest["file"]).name).read_bytes()
-        intact = sealed and hashlib.sha256(content).hexdigest() == latest["sha256"]
+        intact = hashlib.sha256(content).hexdigest() == latest["sha256"]
         arrays = load(content) if intact else {}
         kept, round, recipe = dict(latest["kept"]), int(latest["round"]), latest["recipe_digest"]
-        same_peers = latest["peers"] == list(peers.ids) and latest["layout_digest"] == peers.layout.digest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise damaged(folder, f"{type(error).__name__}: {error}") from None
     if not intact:
         raise damaged(folder, "its sha256 is not the recorded one")
+    same_peers = latest["peers"] == list(peers.ids) and latest["layout_digest"] == peers.layout.digest
     if recipe != digest or not same_peers:
         raise UserError(
             f"The checkpoint in {folder} belongs to another recipe (digest {str(recipe)[:12]}, not {digest[:12]}); "
@@ -83,12 +81,3 @@ def tidy(folder: Path, state: str) -> None:
     for old in folder.iterdir():
         if old.name not in (state, LATEST):
             old.unlink()
-
-
-def seal_of(latest: Mapping[str, Any]) -> str:
-    """Returns the sha256 of the canonical JSON of everything else in latest.json."""
-    return hashlib.sha256(json.dumps(latest, sort_keys=True).encode()).hexdigest()
-
-
-def damaged(folder: Path, why: str) -> UserError:
-    return UserError(f"The checkpoint in {folder} is damaged ({why}); start anew with --overwrite.")

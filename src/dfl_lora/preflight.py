@@ -16,9 +16,12 @@ from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
 from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
+from dfl_lora.latest import read_latest
 from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
+from dfl_lora.reading import load_recipe
 from dfl_lora.recipe import Recipe, is_path
+from dfl_lora.run_directory import RECIPE, read_lines
 
 TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
 TOY_MODULES = folder.Modules({"encoder.first": 8, "encoder.second": 16, "classifier": 16})
@@ -47,6 +50,14 @@ def preflight(recipe: Recipe) -> None:
         check_partition(recipe)
         check_model(recipe, len(columns.text))
         check_rows(recipe, columns)
+
+
+def check_resume(run: Path) -> None:
+    """Raises where a run cannot go on: its recipe, its checkpoint or its lines are damaged."""
+    if (run / RECIPE).exists():
+        load_recipe(run / RECIPE)
+        latest = read_latest(run / "checkpoint")
+        read_lines(run, int(latest["round"]) if latest else 0)
 
 
 def graph_of(recipe: Recipe) -> tuple[Graph, Mixing]:
@@ -150,7 +161,10 @@ def check_rows(recipe: Recipe, columns: Columns) -> None:
             partition.enough(table_of(table.num_rows), num_peers, data.partition.min_size)
     known = [names for names in found.values() if names is not None]
     everything = len(known) == (1 if data.per_peer is None else num_peers)
-    check_validation(recipe, columns, labels.common_names(known) if everything else columns.names)
+    names = labels.common_names(known) if everything else columns.names
+    if names is not None:
+        labels.check_several(names, str(data.path or data.per_peer))
+    check_validation(recipe, columns, names)
 
 
 def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | None) -> None:

@@ -1,10 +1,14 @@
 """A run directory before a run: whether it may be used, and what an earlier run left there. No torch here."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from dfl_lora.errors import UserError
 from dfl_lora.files import is_partial, remove
 
+Line = dict[str, Any]
+"""A line of rounds.jsonl."""
 RECIPE = "recipe.yaml"
 LEFT = (
     "checkpoint/latest.json", "checkpoint", "adapters", "rounds.jsonl", "summary.json", "partition.json",
@@ -34,3 +38,22 @@ def clear(run: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
     for name in LEFT:
         remove(run / name)
+
+
+def read_lines(run: Path, done: int) -> list[Line]:
+    """Returns the lines of the first `done` rounds; raises where rounds.jsonl does not have them.
+
+    A torn last line is the mark of a killed process.
+    """
+    path, lines = run / "rounds.jsonl", list[Line]()
+    for text in path.read_bytes().splitlines()[:done] if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or line.get("round") != len(lines) + 1:
+            break
+        lines.append(line)
+    if len(lines) < done:
+        raise UserError(f"{path} has {len(lines)} rounds, the checkpoint {done}; use --overwrite.")
+    return lines

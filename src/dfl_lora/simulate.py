@@ -34,9 +34,9 @@ from dfl_lora.recipe import Recipe
 from dfl_lora.report.figures import half_width
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, Traffic, mix, rounds
-from dfl_lora.run_directory import clear, prepare
+from dfl_lora.run_directory import Line as Line
+from dfl_lora.run_directory import clear, prepare, read_lines
 
-Line = dict[str, Any]
 MANY_PEERS = 64
 
 
@@ -96,9 +96,7 @@ def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resu
         write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
     checkpoint = load_checkpoint(run / "checkpoint", federation.peers, federation.digest)
     done = checkpoint.round if checkpoint else 0
-    lines = read_lines(run)[:done]
-    if len(lines) < done:
-        raise UserError(f"{run / 'rounds.jsonl'} has {len(lines)} rounds, the checkpoint {done}; use --overwrite.")
+    lines = read_lines(run, done)
     write_atomically(run / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     write_atomically(run / "partition.json", partition_text(federation).encode())
     simulation = Simulation(federation, run, observers, MemoryNetwork())
@@ -308,20 +306,3 @@ def labels_of(run: Path) -> list[str]:
 def versions() -> dict[str, str]:
     names = ("dfl-lora", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def read_lines(run: Path) -> list[Line]:
-    """Returns the whole lines of rounds.jsonl; a torn last line is the mark of a killed process and is dropped."""
-    path = run / "rounds.jsonl"
-    if not path.exists():
-        return []
-    lines = list[Line]()
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or line.get("round") != len(lines) + 1:
-            break
-        lines.append(line)
-    return lines

@@ -18,7 +18,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Simulate all peers of a recipe in this process, and write a run directory."""
-    from dfl_lora.preflight import preflight
+    from dfl_lora.preflight import check_resume, preflight
     from dfl_lora.reading import load_recipe
     from dfl_lora.run_directory import prepare
 
@@ -26,6 +26,8 @@ def run(
     directory = out or Path(resolved.output.dir or f"runs/{resolved.name}")
     prepare(directory, resume, overwrite)
     preflight(resolved)
+    if resume:
+        check_resume(directory)
     from dfl_lora.cli.screen import Screen
     from dfl_lora.simulate import run_recipe
 

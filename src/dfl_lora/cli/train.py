@@ -44,7 +44,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train as the seed's script did: one epoch of Adam a round, in row order, heads private."""
-    from dfl_lora.preflight import preflight
+    from dfl_lora.preflight import check_resume, preflight
     from dfl_lora.reading import resolve
     from dfl_lora.run_directory import prepare
 
@@ -64,6 +64,8 @@ def train(
     directory = out or Path(recipe.output.dir or f"runs/{recipe.name}")
     prepare(directory, resume, overwrite)
     preflight(recipe)
+    if resume:
+        check_resume(directory)
     from dfl_lora.cli.screen import Screen
     from dfl_lora.cli.seed_log import SeedLog
     from dfl_lora.simulate import run_recipe

@@ -47,6 +47,12 @@ def checked(values: Sequence[object], name: str, path: str) -> list[str | int]:
     return cast(list[str | int], list(values))
 
 
+def check_several(names: Sequence[str], path: str) -> None:
+    """Raises where there is nothing to tell apart."""
+    if len(names) < 2:
+        raise UserError(f"All labels in '{path}' are {names[0]}; give rows of two labels or more.")
+
+
 def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """Returns the label names of several tables: the longest, where it has all of them, else all in order."""
     found = list(found)

@@ -1,6 +1,6 @@
 """How much memory a run will need: its peak resident set, predicted before it trains.
 
-    peak = max(loading, process + base + peers + kernels + (1 + HEAP) max(training, evaluation)
+    peak = max(loading, process + base + peers + kernels + max(training, evaluation) + heap
                         + max(exchange, measures, checkpoint, export))
 
 process     this process after one small pass, less base and peers: libraries, rows, what loading left behind
@@ -9,6 +9,8 @@ base        bytes of the frozen model, once
 peers       4 N P (1 + vectors of the optimiser + vectors of the correction)
 training    the tensors alive in the largest pass, forward and backward, which the recipe's own batches give
 evaluation  the same of the largest evaluation pass
+heap        what the allocator keeps of freed blocks below LARGE: HEAP for each byte that lived in such blocks, and
+            these blocks of training beside the large ones of evaluation
 kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
 exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
 measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products
@@ -31,6 +33,7 @@ from weakref import finalize
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,7 +47,9 @@ from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
 
 HEAP = 1.0
-"""What glibc keeps of freed blocks between the living ones, for each byte of the largest pass: measured 0.7 to 1.2."""
+"""Bytes of freed blocks between the living ones, for each byte of a pass in blocks below LARGE: measured 0.7 to 1.2."""
+LARGE = 32 * 2**20
+"""glibc gives blocks of this size back to the system as soon as they are freed."""
 KERNELS = 512 * 2**20
 """oneDNN keeps the last 1,024 kernels, half a megabyte each: measured, after which a run in bfloat16 grows no more."""
 BATCHES = 4000
@@ -70,6 +75,7 @@ class Estimate:
     available: int
     training: int = 0
     evaluation: int = 0
+    heap: int = 0
     exchange: int = 0
     measures: int = 0
     checkpoint: int = 0
@@ -92,7 +98,7 @@ class Estimate:
             "peers": self.peers,
             "compiled kernels": self.kernels,
             "training pass" if largest == self.training else "evaluation pass": largest,
-            "kept by the allocator": int(HEAP * largest),
+            "kept by the allocator": self.heap,
             last: moments[last],
         }
 
@@ -115,6 +121,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     steps[0](1, cut(next(iter(training.values())), 2))  # what a process has once: libraries read in, weights touched
     base = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
     state = sum(matrix.nbytes for matrix in f.peers.arrays().values())
+    psutil.heap_trim()
     process = machine.own_memory() - base - state
     used = psutil.heap_info().heap_used
     alive = [law for step in steps for law in laws_of(step, training, learner.group_tokens)]
@@ -132,12 +139,14 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     def of(num_peers: int) -> Estimate:
         """Returns the estimate of `num_peers` such peers."""
         growth, held = num_peers / len(f.peers), state * num_peers // len(f.peers)
+        whole, small = np.array([np.max([law(growth) for law in laws], axis=0) for laws in (alive, scored)]).T
         return replace(
             start,
             loading=loading + held - state,
             peers=held,
-            training=int(max(law(growth) for law in alive)),
-            evaluation=int(max(law(growth) for law in scored)),
+            training=int(whole[0]),
+            evaluation=int(whole[1]),
+            heap=int((1 + HEAP) * small.max() + (whole - small).max() - whole.max()),
             exchange=exchanging(f, num_peers),
             measures=measuring(f.peers, num_peers),
             checkpoint=2 * held,
@@ -179,20 +188,20 @@ def evaluation_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
 
 @dataclass(frozen=True)
 class Law:
-    """The bytes alive in a pass of k peers with b rows each: c0 + c1 k + c2 k b."""
+    """The bytes alive in a pass of k peers with b rows each, c0 + c1 k + c2 k b: in all, and in blocks below LARGE."""
 
     shape: tuple[int, ...]
-    coefficients: tuple[float, ...]
+    coefficients: NDArray[np.float64]  # [3, 2]
     budget: int
     """Tokens of a pass, which no number of peers exceeds."""
     passes: int
     """How many were measured."""
 
-    def __call__(self, growth: float) -> float:
-        """Returns the bytes of the pass where there are `growth` times as many peers."""
+    def __call__(self, growth: float) -> NDArray[np.float64]:
+        """Returns both [2] where there are `growth` times as many peers."""
         k, b, width = self.shape
         peers = min(max(1, round(k * growth)), max(k, self.budget // (b * width)))
-        return float(np.dot(self.coefficients, [1, peers, peers * b]))
+        return np.array([1, peers, peers * b]) @ self.coefficients
 
 
 def laws_of(run: Measured, shapes: Shapes, budget: int) -> list[Law]:
@@ -210,9 +219,9 @@ def law_of(run: Measured, shape: tuple[int, ...], batch: Batch, budget: int) -> 
     k, b, width = shape
     few = min(b, max(2, SMALL // width) // 2 * 2 + b % 2)
     points = list(dict.fromkeys([(1, few), (1, min(b, 2 * few + b % 2)), (min(k, 2), few)]))
-    alive = [peak_of(run, peers, cut(batch, rows)) for peers, rows in points]
-    matrix = np.array([[1, peers, peers * rows] for peers, rows in points], dtype=float)
-    return Law(shape, tuple(np.linalg.lstsq(matrix, np.array(alive, dtype=float))[0]), budget, len(points))
+    alive = [peak_of(run, n, cut(batch, rows), LARGE * n * rows // (k * b)) for n, rows in points]
+    matrix = np.array([[1, n, n * rows] for n, rows in points], dtype=float)
+    return Law(shape, np.linalg.lstsq(matrix, np.array(alive, dtype=float))[0], budget, len(points))
 
 
 def cut(batch: Batch, rows: int) -> Batch:
@@ -266,38 +275,41 @@ def measuring(peers: Peers, num_peers: int) -> int:
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that come to life inside the block, and the most that lived at a time."""
+    """Counts the bytes of storages that come to life inside the block; `peaks`: of all, of those below `large`."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes = dict[int, int]()
-        self.now = self.peak = 0
+        self.large = large
+        self.known = set[int]()
+        self.now, self.peaks = [0, 0], [0, 0]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for tensor in tensors_of((args, kwargs)):  # what was there before counts nothing
-            self.sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+        self.known |= {storage._cdata for storage in storages((args, kwargs))}  # what was there before counts nothing
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors_of(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
+        for storage in storages(result):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.count(storage.nbytes())
+                finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peaks = [max(pair) for pair in zip(self.peaks, self.now, strict=True)]
         return result
 
-    def free(self, storage: int) -> None:
-        self.now -= self.sizes.pop(storage, 0)
+    def count(self, size: int) -> None:
+        self.now = [self.now[0] + size, self.now[1] + (size if abs(size) < self.large else 0)]
+
+    def free(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.count(-size)
 
 
-def tensors_of(values: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def peak_of(run: Measured, num_peers: int, batch: Batch) -> int:
-    """Returns the most bytes of tensors that a pass makes live at a time."""
-    with Alive() as alive:
+def peak_of(run: Measured, num_peers: int, batch: Batch, large: int = LARGE) -> list[int]:
+    """Returns the most bytes that a pass makes live at a time: of all blocks, of those below `large`."""
+    with Alive(large) as alive:
         run(num_peers, batch)
-    return int(alive.peak)
+    return list(alive.peaks)

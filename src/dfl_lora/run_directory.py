@@ -34,6 +34,16 @@ def prepare(run: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_log(path: Path) -> None:
+    """Raises where a log cannot be a file of that name."""
+    folder = next(f for f in path.absolute().parents if f.exists())
+    if path.is_dir() or not folder.is_dir():
+        raise UserError(
+            f"--log_path is {path}, but {path if path.is_dir() else folder} is "
+            f"{'a directory' if path.is_dir() else 'a file'}; give a file in a folder."
+        )
+
+
 def clear(run: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
     for name in LEFT:

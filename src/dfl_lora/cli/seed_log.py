@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from dfl_lora.build import Federation
-from dfl_lora.errors import UserError
 from dfl_lora.files import naming
 from dfl_lora.rounds import Record
 from dfl_lora.simulate import Line, Start
@@ -34,13 +33,6 @@ class SeedLog:
         self.accuracies: list[list[float]] = []
 
     def __enter__(self) -> Self:
-        """Checks the place of the log before anything is written."""
-        folder = next(f for f in self.path.absolute().parents if f.exists())
-        if self.path.is_dir() or not folder.is_dir():
-            raise UserError(
-                f"--log_path is {self.path}, but {self.path if self.path.is_dir() else folder} is "
-                f"{'a directory' if self.path.is_dir() else 'a file'}; give a file in a folder."
-            )
         return self
 
     def __exit__(

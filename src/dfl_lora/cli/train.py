@@ -46,7 +46,7 @@ def train(
     """Train as the seed's script did: one epoch of Adam a round, in row order, heads private."""
     from dfl_lora.preflight import check_resume, preflight
     from dfl_lora.reading import resolve
-    from dfl_lora.run_directory import prepare
+    from dfl_lora.run_directory import check_log, prepare
 
     template = dataset_path_template
     if "{i}" not in template and "{}" not in template:
@@ -63,6 +63,7 @@ def train(
     recipe = resolve(content, settings or (), "the flags")
     directory = out or Path(recipe.output.dir or f"runs/{recipe.name}")
     prepare(directory, resume, overwrite)
+    check_log(log_path)
     preflight(recipe)
     if resume:
         check_resume(directory)

@@ -1,0 +1,82 @@
+"""Damaged resume points: whichever byte is other, it is told, and nothing is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dfl_lora.build import Federation, build
+from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
+from dfl_lora.errors import UserError
+from dfl_lora.latest import LATEST, read_latest
+from dfl_lora.reading import resolve
+from tiny import toy
+
+STATE = "state-000002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def federation() -> Federation:
+    return build(resolve(toy()))
+
+
+@pytest.fixture
+def folder(federation: Federation, tmp_path: Path) -> Path:
+    """A resume point after round 2, over one after round 1."""
+    for t in (1, 2):
+        save_checkpoint(tmp_path, federation.peers, t, federation.digest, {"start": None})
+    return tmp_path
+
+
+def test_the_last_resume_point_is_the_only_one(folder: Path, federation: Federation) -> None:
+    assert sorted(f.name for f in folder.iterdir()) == [LATEST, STATE]
+    checkpoint = load_checkpoint(folder, federation.peers, federation.digest)
+    assert checkpoint is not None and (checkpoint.round, checkpoint.kept) == (2, {"start": None})
+
+
+def test_no_byte_of_what_names_the_state_can_be_other(folder: Path) -> None:
+    content = (folder / LATEST).read_bytes()
+    for position in range(len(content)):
+        (folder / LATEST).write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(UserError, match="is damaged"):
+            read_latest(folder)
+
+
+@pytest.mark.parametrize("share", [k / 40 for k in range(40)])
+def test_no_byte_of_the_state_can_be_other(share: float, folder: Path, federation: Federation) -> None:
+    content, before = (folder / STATE).read_bytes(), federation.peers.x.clone()
+    position = int(share * len(content))
+    (folder / STATE).write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    with pytest.raises(UserError, match="its sha256 is not the recorded one"):
+        load_checkpoint(folder, federation.peers, federation.digest)
+    assert (federation.peers.x == before).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("name", [LATEST, STATE])
+def test_a_file_cut_short_is_damaged(name: str, share: float, folder: Path, federation: Federation) -> None:
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is damaged"):
+        load_checkpoint(folder, federation.peers, federation.digest)
+
+
+def test_a_state_that_is_gone_is_named(folder: Path) -> None:
+    (folder / STATE).unlink()
+    with pytest.raises(UserError, match=f"damaged \\({STATE} is missing\\)"):
+        read_latest(folder)
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_load(folder: Path, federation: Federation) -> None:
+    shutil.copy(folder / STATE, folder / "state-000001.safetensors")
+    (folder / ".latest.json.x.partial").write_text("{")
+    assert load_checkpoint(folder, federation.peers, federation.digest) is not None
+    assert sorted(f.name for f in folder.iterdir()) == [LATEST, STATE]
+
+
+def test_a_state_elsewhere_is_never_read(folder: Path) -> None:
+    latest = json.loads((folder / LATEST).read_text())
+    (folder / LATEST).write_text(json.dumps(latest | {"file": "../secret"}))
+    with pytest.raises(UserError, match="damaged"):
+        read_latest(folder)

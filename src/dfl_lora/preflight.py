@@ -21,7 +21,7 @@ from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
 from dfl_lora.reading import load_recipe
 from dfl_lora.recipe import Recipe, is_path
-from dfl_lora.run_directory import RECIPE, read_lines
+from dfl_lora.run_directory import RECIPE, held, read_lines
 
 TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
 TOY_MODULES = folder.Modules({"encoder.first": 8, "encoder.second": 16, "classifier": 16})
@@ -53,8 +53,10 @@ def preflight(recipe: Recipe) -> None:
 
 
 def check_resume(run: Path) -> None:
-    """Raises where a run cannot go on: its recipe, its checkpoint or its lines are damaged."""
-    if (run / RECIPE).exists():
+    """Raises where a run cannot go on: it is going on, or its recipe, its checkpoint or its lines are damaged."""
+    if not (run / RECIPE).exists():
+        return
+    with held(run):
         load_recipe(run / RECIPE)
         latest = read_latest(run / "checkpoint")
         read_lines(run, int(latest["round"]) if latest else 0)

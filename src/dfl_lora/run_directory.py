@@ -1,6 +1,10 @@
 """A run directory before a run: whether it may be used, and what an earlier run left there. No torch here."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,22 @@ def prepare(run: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"There is a run in {run} already; go on with --resume, replace it with --overwrite, or use --out."
         )
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keeps other processes from writing to an existing run directory; the system lets go of it however one ends."""
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is writing to {run}; wait until it has ended, or give another folder with --out."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_log(path: Path) -> None:

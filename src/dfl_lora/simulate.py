@@ -35,7 +35,7 @@ from dfl_lora.report.figures import half_width
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, Traffic, mix, rounds
 from dfl_lora.run_directory import Line as Line
-from dfl_lora.run_directory import clear, prepare, read_lines
+from dfl_lora.run_directory import clear, held, prepare, read_lines
 
 MANY_PEERS = 64
 
@@ -90,8 +90,15 @@ def run_recipe(recipe: Recipe, run: Path, observers: Sequence[Observer], *, resu
             "resume with the recipe it was started with, or start anew with --overwrite."
         )
     run.mkdir(parents=True, exist_ok=True)
+    with held(run):
+        prepare(run, resume, overwrite)
+        return carry_out(federation, run, observers, anew=recorded is None)
+
+
+def carry_out(federation: Federation, run: Path, observers: Sequence[Observer], *, anew: bool) -> Line:
+    """Runs what is left of a federation's rounds in a directory that nobody else writes to; returns the summary."""
     sweep(run)
-    if not recorded:
+    if anew:
         clear(run)
         write_atomically(run / "recipe.yaml", federation.recipe.to_yaml().encode())
     checkpoint = load_checkpoint(run / "checkpoint", federation.peers, federation.digest)

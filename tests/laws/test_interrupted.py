@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from interrupting import Commands, Ground, partials
-from tiny import toy
+from dfl_lora.run_directory import held
+from interrupting import Commands, Ground, Stop, partials
+from tiny import files_of, toy
 
 CONTENT = toy(train={"rounds": 3, "local": {"steps": 1}, "order": "seed"}, output={"checkpoint_every": 2})
 THIN, RARE = 2, 10
@@ -52,3 +53,14 @@ def test_ctrl_c_and_a_request_to_end_are_one_line_and_the_run_goes_on(way: str, 
     assert (end.code, end.said) == (130, "dfl-lora: Interrupted; go on with --resume.\n")
     assert partials(ground.run) == []
     assert ground.goes_on(before == ".summary.json")
+
+
+@pytest.mark.parametrize("how", ["--resume", "--overwrite"])
+def test_two_processes_never_write_to_one_run(how: str, ground: Ground) -> None:
+    ground.stopped(before=".summary.json")
+    left = files_of(ground.run)
+    with held(ground.run):
+        end = ground.command(Stop(str(ground.run)), how)
+    assert (end.code, "Another process" in end.said) == (2, True)
+    assert files_of(ground.run) == left
+    assert ground.goes_on(False)

@@ -12,8 +12,8 @@ from interrupting import Commands, Ground, Stop, partials
 from tiny import files_of, toy
 
 CONTENT = toy(train={"rounds": 3, "local": {"steps": 1}, "order": "seed"}, output={"checkpoint_every": 2})
-THIN, RARE = 2, 10
-"""In the fast suite every other moment is tried, and one in ten to the page at the end; tests/slow tries all."""
+THIN, RARE = 3, 9
+"""In the fast suite one moment in three is tried, and one in nine to the page at the end; tests/slow tries all."""
 
 
 @pytest.fixture(scope="module")

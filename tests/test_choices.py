@@ -23,7 +23,12 @@ def needy(n: int, *, size: Positive, how: Literal["fast", "slow"] = "fast") -> s
     return f"needy {n} {size} {how}"
 
 
-TABLE = {"plain": plain, "drawn": drawn, "needy": needy}
+def spoken(n: int, *, text: str, pairs: list[list[int]] | None = None) -> str:
+    """Takes text and lists."""
+    return f"spoken {n} {text}" + (f" {pairs}" if pairs else "")
+
+
+TABLE = {"plain": plain, "drawn": drawn, "needy": needy, "spoken": spoken}
 
 
 class Extended(Choice):
@@ -49,6 +54,11 @@ EXTENDED: TypeAdapter[Any] = TypeAdapter(choice(TABLE, "plain", Extended))
         ({"p": 0.25}, "drawn 7 0.25 0"),
         ({}, "drawn 7 0.5 0"),
         ("needy(size=2, how=slow)", "needy 7 2 slow"),
+        ("spoken(text=a=b)", "spoken 7 a=b"),
+        ("spoken(text='p=1, q = 2')", "spoken 7 p=1, q = 2"),
+        ('spoken(text="it\'s")', "spoken 7 it's"),
+        ("spoken(text=${HOME:-x}/y)", "spoken 7 ${HOME:-x}/y"),
+        ("spoken(text=x, pairs=[[0, 1], [1, 2]])", "spoken 7 x [[0, 1], [1, 2]]"),
     ],
 )
 def test_a_name_with_options_makes_what_the_function_makes(given: object, made: str) -> None:
@@ -57,7 +67,9 @@ def test_a_name_with_options_makes_what_the_function_makes(given: object, made: 
 
 @pytest.mark.parametrize(
     "given",
-    ["other", "", "a b", "drawn(", "drawn(p)", "drawn(p=0)", "drawn(p=2)", "drawn(q=1)", "plain(p=0.3)", "needy", 3,
+    ["other", "", "a b", "drawn(", "drawn(p)", "drawn(p=0)", "drawn(p=2)", "drawn(q=1)",
+     "drawn(p=0.1, p=0.2)", "drawn(p=0.1,)", "drawn(p=[)",
+     "plain(p=0.3)", "needy", 3,
      None, [], {"kind": "other"}, {"kind": ["plain"]}, {"kind": "drawn", "p": "x"}, "needy(size=0)",
      "needy(size=1, how=soon)"],
     ids=str,

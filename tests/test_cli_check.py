@@ -17,6 +17,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "shared A": ("method.schedule=share_a", "method.head=frozen"),
     "the seed's order": ("train.order=seed", "train.rounds=3"),
     "some absent": ("peers.num_peers=5", "peers.topology=complete", "peers.participation=0.5", "train.rounds=5"),
+    "some absent of seven": ("peers.num_peers=7", "peers.topology=link4", "peers.participation=0.5", "train.rounds=9"),
     "nobody talks": ("peers.topology=none",),
     "alone": ("peers.num_peers=1",),
 }

@@ -462,3 +462,9 @@ def test_reading_recipes_loads_neither_torch_nor_datasets() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_path_of_saved_rows_is_expanded_as_every_path_is(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS", str(toy_run.parent))
+    recipe = with_settings("data.partition=saved(path=${RUNS}/run)")
+    assert recipe.data.partition.path == str(toy_run) and len(recipe.data.partition.sha256) == 64

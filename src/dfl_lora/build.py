@@ -76,16 +76,17 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     lora = Lora(**recipe.lora.model_dump())
     check_toy(recipe)
     check_attention(recipe)
-    if recipe.task.kind == "toy":
-        data, files = toy_data(recipe, hosted), None
-        base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
+    toy = recipe.task.kind == "toy"
+    files = None if toy else bases.locate(recipe.model.name_or_path, recipe.model.revision)
+    digest = checked_digest(recipe, files)
+    if files is None:
+        data, base = (
+            toy_data(recipe, hosted),
+            bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder"),
+        )
     else:
-        files = bases.locate(recipe.model.name_or_path, recipe.model.revision)
         data = text_data(recipe, files, hosted)
         base = load_base(recipe, files, len(data.labels))
-    digest = recipe.digest_with({"weights": files.weights, "tokenizer": files.tokenizer} if files else {"weights": TOY})
-    if recipe.digest not in (None, digest):
-        raise UserError(f"The recipe says digest {recipe.digest}, but it is {digest}; remove the line to accept it.")
     placement = place(base.model, base.prefix, lora)
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
@@ -100,6 +101,14 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work)
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
+
+
+def checked_digest(recipe: Recipe, files: bases.Files | None) -> str:
+    """Returns the digest of the recipe on this base; raises where the recipe says another."""
+    digest = recipe.digest_with({"weights": files.weights, "tokenizer": files.tokenizer} if files else {"weights": TOY})
+    if recipe.digest not in (None, digest):
+        raise UserError(f"The recipe says digest {recipe.digest}, but it is {digest}; remove the line to accept it.")
+    return digest
 
 
 def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:

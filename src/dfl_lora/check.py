@@ -156,7 +156,7 @@ def sent(federation: Federation) -> Sent:
     rounds = [traffic(t) for t in range(1, f.recipe.train.rounds + 1)]
     before = [traffic(0)] if f.recipe.train.order == "seed" else []  # it gossips once before round 1
     return Sent(
-        sum(t.bytes for t in rounds) / num_peers / len(rounds),
+        sum(t.bytes / num_peers for t in rounds) / len(rounds),
         sum(t.messages for t in rounds) / len(rounds),
-        sum(t.bytes for t in before + rounds) / num_peers,
+        sum(t.bytes / num_peers for t in rounds) + sum(t.bytes / num_peers for t in before),  # as a run adds them up
     )

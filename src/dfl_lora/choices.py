@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -33,6 +33,10 @@ Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 """Of a whole, or a probability that is not zero."""
 
 NAME = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+LIST = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
+PIECE = re.compile(rf"""(?:"[^"]*"|'[^']*'|{LIST}|[^,"'\[\]])+""")
+"""An option and its value: up to a comma that stands in no quotes and in no list."""
+PIECES = re.compile(rf"{PIECE.pattern}(?:,{PIECE.pattern})*")
 
 
 class Choice(BaseModel):
@@ -116,12 +120,18 @@ def named(value: object) -> object:
     match = NAME.fullmatch(value)
     if match is None:
         raise ValueError(f"'{value}' is not a name or a name with options such as dirichlet(alpha=0.1)")
-    text, how = match.group(2) or "", f"write {match.group(1)}(option=value)"
-    try:
-        options = cast(dict[object, object], read_yaml("{" + re.sub(r"([\w-]+)\s*=\s*", r"\1: ", text) + "}"))
-    except ValueError:
-        raise ValueError(f"'{text}' in '{value}' are no options; {how}") from None
-    for key in options:
-        if not re.search(rf"\b{re.escape(str(key))}\s*=", text):
-            raise ValueError(f"'{key}' in '{value}' is not an option; {how}")
+    text, how = (match.group(2) or "").strip(), f"write {match.group(1)}(option=value)"
+    options = dict[str, object]()
+    if text and not PIECES.fullmatch(text):
+        raise ValueError(f"'{text}' in '{value}' are no options; {how}")
+    for piece in PIECE.findall(text):
+        key, equals, given = (part.strip() for part in piece.partition("="))
+        if not equals or not re.fullmatch(r"[\w-]+", key):
+            raise ValueError(f"'{piece.strip()}' in '{value}' is not an option; {how}")
+        if key in options:
+            raise ValueError(f"'{key}' in '{value}' is given twice; {how} once")
+        try:
+            options[key] = read_yaml(given)
+        except ValueError:
+            raise ValueError(f"'{given}' in '{value}' is no value; {how}") from None
     return {"kind": match.group(1), **options}

@@ -260,7 +260,8 @@ def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
 def exchanging(federation: Federation, num_peers: int) -> int:
     """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded."""
     peer, method, graph = scratch(federation.peers, 1)[0], federation.method, federation.graph
-    numbers = max(method.correction.outgoing(peer, method.schedule(t)).flat.numel() for t in (1, 2))
+    phases = {(phase := method.schedule(t)).shared: phase for t in range(1, federation.recipe.train.rounds + 1)}
+    numbers = max(method.correction.outgoing(peer, phase).flat.numel() for phase in phases.values())
     degree = max(graph.degree(i) for i in range(graph.num_peers))
     return FLOAT32 * numbers * (2 * num_peers + degree + 1)
 

@@ -120,6 +120,8 @@ class Partition(Choice):
         """Writes down which rows a saved partition means, whatever becomes of its file."""
         if self.kind == "saved" and self.seed is not None:
             raise ValueError("seed has no effect on saved rows; remove it")
+        if self.kind == "saved":
+            setattr(self, "path", expand(self.options["path"]))  # noqa: B010 - a table's option
         if self.kind == "saved" and self.options["sha256"] is None:
             setattr(self, "sha256", read_saved(Path(self.options["path"])).sha256)  # noqa: B010 - a table's option
         return self

@@ -286,6 +286,11 @@ DATA: dict[str, Case] = {
         lambda p: p.data("b.jsonl", '{"sentence": "a", "label": 1}\n{"sente'),
         ("line 2",),
     ),
+    "a row of .csv longer than its header": (
+        lambda p: p.data("long.csv", "sentence,label\na,0\nb,1,c\n"),
+        ("long.csv", "more values than its header has names"),
+    ),
+    "fractions for labels in a .csv": (lambda p: p.data("f.csv", "sentence,label\na,0.0\nb,1.0\n"), ("Row 0", "0.0")),
     "a misspelt text column": (lambda p: p.text("task.text=sentense"), ("'sentense'", "Did you mean 'sentence'?")),
     "a misspelt label column": (lambda p: p.text("task.label=labels"), ("'labels'", "Did you mean 'label'?")),
     "the columns of another task": (lambda p: p.text("task.name=mnli"), ("'premise'", "sentence, label")),
@@ -386,10 +391,25 @@ def clients(here: Path) -> str:
     return str(here / "client_{i}")
 
 
+def separators(file: Path) -> str:
+    """Writes texts with every character but a new line at which str.splitlines cuts."""
+    texts = [f"a good{sign}film" for sign in "\u2028\u2029\x85\v\f\x1c\x1d\x1e"]
+    rows = [json.dumps({"sentence": text, "label": i % 2}, ensure_ascii=False) for i, text in enumerate(texts)]
+    file.write_text("\n".join(rows))
+    return str(file)
+
+
+def words_for_nothing(file: Path) -> str:
+    file.write_text("sentence,label\nNone,0\nNA,1\nnull,0\nnan,1\n#N/A,0\n")
+    return str(file)
+
+
 RIGHT: dict[str, Callable[[Path], dict[str, Any]]] = {
     "parquet": lambda here: {"path": str(here / "a.parquet")} if table().to_parquet(here / "a.parquet") else {},
     "jsonl": lambda here: {"path": str(here / "a.jsonl")} if table().to_json(here / "a.jsonl") else {},
     "csv": lambda here: {"path": str(here / "a.csv")} if table().to_csv(here / "a.csv") else {},
+    "jsonl with separators of lines": lambda here: {"path": separators(here / "u.jsonl")},
+    "csv with words for nothing": lambda here: {"path": words_for_nothing(here / "n.csv")},
     "a slice": lambda here: (
         {"path": str(here / "a.csv"), "train": "train[:50%]"} if table().to_csv(here / "a.csv") else {}
     ),

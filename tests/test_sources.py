@@ -299,3 +299,11 @@ def test_templates_count_peers_from_1() -> None:
 def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are() -> None:
     with pytest.raises(UserError, match=r"no column 'labels'; its columns are sentence, label. Did you mean 'label'"):
         column(Dataset.from_list(TRAIN), "labels", "here")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_words_that_mean_nothing_to_a_library_of_tables_are_text(ending: str, tmp_path: Path) -> None:
+    words = ["None", "NA", "null", "nan", "n/a", "<NA>", "#N/A"]
+    WRITERS[ending](tmp_path / f"rows{ending}", [{"sentence": word, "label": word} for word in words])
+    rows = load_rows(str(tmp_path / f"rows{ending}"), None, "train")
+    assert rows["sentence"][:] == rows["label"][:] == words

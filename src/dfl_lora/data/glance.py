@@ -20,6 +20,7 @@ from dfl_lora.data.places import (
     BUILTIN_COLUMNS,
     BUILTIN_ROWS,
     ENDINGS,
+    TOO_LONG,
     broken_line,
     cannot_load,
     check_config,
@@ -36,9 +37,8 @@ MANY = 2_000_000
 """Rows beyond which values are not read for a glance."""
 STEMS = ("train", "validation", "test")
 NUMBER = re.compile(r"-?\d+")
-AMBIGUOUS = re.compile(
-    r"(?i)[-+]?(nan|null|none|n/?a|#n/?a.*|<na>|inf|infinity|true|false|-1\.#.*|[\d.]+(e[-+]?\d+)?)|\s.*|.*\s"
-)
+FRACTION = re.compile(r"-?\d+(\.\d*)?")
+AMBIGUOUS = re.compile(r"(?i)[-+]?(inf|infinity|true|false|[\d.]+(e[-+]?\d+)?)|\s.*|.*\s")
 """Values of a .csv that a library of tables may read as no text."""
 
 Read = Callable[[str], list[object] | None]
@@ -220,6 +220,8 @@ def separated(file: Path) -> Glance | None:
         return None
     if not rows:
         raise Damaged("it has no rows")
+    if any(any(row[len(header) :]) for row in rows):
+        raise Damaged(TOO_LONG)
     columns = {name: k for k, name in enumerate(header)}
 
     def read(name: str) -> list[object] | None:
@@ -229,10 +231,12 @@ def separated(file: Path) -> Glance | None:
 
 
 def typed(values: Sequence[str]) -> list[object] | None:
-    """Returns a .csv column as whole numbers or as text, None for an empty one; None where it may be read otherwise."""
+    """Returns a .csv column as numbers or as text, None for an empty one; None where it may be read otherwise."""
     given = [value for value in values if value]
     if all(NUMBER.fullmatch(value) for value in given):
         return [int(value) if value else None for value in values]
+    if all(FRACTION.fullmatch(value) for value in given):
+        return [float(value) if value else None for value in values]
     if any(AMBIGUOUS.fullmatch(value) for value in given):
         return None
     return [value or None for value in values]
@@ -242,7 +246,8 @@ def lines_of_json(file: Path) -> Glance:
     """Looks into a .jsonl file."""
     if broken := broken_line(file):
         raise Damaged(broken)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    with file.open(encoding="utf-8-sig") as lines:  # str.splitlines would cut at U+2028, which JSON leaves in a text
+        rows = [json.loads(line) for line in lines if line.strip()]
     if not rows:
         raise Damaged("it has no rows")
     columns = tuple(dict.fromkeys(name for row in rows for name in row))

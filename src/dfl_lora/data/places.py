@@ -16,6 +16,7 @@ ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 PLACES = f"a folder, a {', '.join(ENDINGS)} file, a save_to_disk folder, {', '.join(BUILTIN_COLUMNS)}"
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """What save_to_disk writes into a folder."""
+TOO_LONG = "its rows have more values than its header has names"
 SLICE = re.compile(r"([^\[\]+]+)(\[[^\[\]]*\])?")
 
 

@@ -19,6 +19,7 @@ from pandas.errors import EmptyDataError, ParserWarning
 from dfl_lora.data.generator import Rows, pairs, sentences
 from dfl_lora.data.places import (
     BUILTIN_ROWS,
+    TOO_LONG,
     broken_line,
     cannot_load,
     check_alone,
@@ -36,7 +37,11 @@ datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said in our own sentence
 BUILTIN = "builtin/sentences"
 BUILTINS: dict[str, Callable[[str, int], Rows]] = {BUILTIN: sentences, "builtin/pairs": pairs}
-TABLE: dict[str, Any] = {"index_col": False}  # else a row longer than the header moves every value by a column
+TABLE: dict[str, Any] = {
+    "index_col": False,  # else a row longer than the header moves every value by a column
+    "keep_default_na": False,  # None, NA and null are words
+    "na_values": [""],
+}
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", TABLE),
@@ -105,7 +110,7 @@ def reason(error: BaseException, place: Path) -> str:
     if {EmptyDataError, StopIteration, IndexError} & set(kinds) or "corresponds to no data" in str(error):
         return "it has no rows"
     if ParserWarning in kinds:
-        return "its rows have more values than its header has names"
+        return TOO_LONG
     if place.suffix == ".jsonl" and place.is_file() and (found := broken_line(place)):
         return found
     cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error

@@ -126,6 +126,23 @@ def an_empty_folder(p: Place) -> list[str]:
     return p.text(f"data.path={p.here}/empty")
 
 
+def shared(how: str, *settings: str) -> Words:
+    return lambda p: p.text(f"data.partition={how}", *settings)
+
+
+def a_saved_partition(num_rows: int, peers: list[list[int]], option: str = "") -> Words:
+    """Returns the command on rows saved by a run whose rows had no known labels, or all the label 0."""
+
+    def words(p: Place) -> list[str]:
+        content = {"num_rows": num_rows, "rows": peers, "counts": [[len(rows), 0] for rows in peers]}
+        path = p.file(f"saved_{num_rows}_{len(peers)}{len(option)}.json", json.dumps(content))
+        return p.text(f"data.partition=saved(path={path}{option})")
+
+    return words
+
+
+CSV = "sentence,label\na,0\nb,1\nc,0\n"
+THREE = [[0, 1], [2, 3], [4, 5]]
 W = "0.5 0.4\n0.4 0.5"
 HEADER_TOO_LONG = (1 << 62).to_bytes(8, "little") + b"{}"
 BEYOND = b'{"a.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}'
@@ -174,6 +191,19 @@ RECIPES: dict[str, Case] = {
         lambda p: p.text("data.per_peer=client_{i}.csv", "data.partition=dirichlet"),
         ("data.partition has no effect",),
     ),
+    "a seed of what is not shared out": (
+        lambda p: p.text("data.per_peer=client_{i}.csv", "data.partition=iid(seed=5)"),
+        ("data.partition has no effect",),
+    ),
+    "a share of one peer": (
+        lambda p: p.toy("peers.num_peers=1", "peers.topology=none", "peers.participation=0.5"),
+        ("participation 0.5 has no effect", "1 peers"),
+    ),
+    "a share of the peers that is all of them": (
+        lambda p: p.toy("peers.participation=0.9"),
+        ("participation 0.9 has no effect", "3 peers"),
+    ),
+    "more threads than any machine has": (lambda p: p.toy("compute.threads=100000"), ("compute.threads", "1024")),
     "dropout with fused attention": (
         lambda p: p.text("train.dropout=true", "compute.attention=sdpa"),
         ("sdpa", "eager or auto"),
@@ -233,6 +263,7 @@ MODELS: dict[str, Case] = {
         lambda p: p.text("lora.r=33", "lora.init=orthonormal", "lora.target_modules=[q_lin,lin2]"),
         ("orthonormal", "32 inputs"),
     ),
+    "rows of one word": (lambda p: p.text("task.max_length=3"), ("room for 1 tokens", "use 4 or more")),
     "rows too short for any word": (lambda p: p.text("task.max_length=2"), ("max_length 2", "special tokens")),
 }
 DATA: dict[str, Case] = {
@@ -320,6 +351,46 @@ DATA: dict[str, Case] = {
     "a min_size above an equal share": (
         lambda p: p.text("data.partition=dirichlet(min_size=14)"),
         ("40 rows", "at least 14", "smaller min_size"),
+    ),
+    "more labels for each peer than there are": (shared("pathological(labels_per_peer=9)"), ("9", "the 2 there are")),
+    "more built-in labels for each peer than there are": (
+        lambda p: p.text(
+            "data.path=builtin/sentences",
+            "data.validation=validation",
+            "data.partition=pathological(labels_per_peer=9)",
+        ),
+        ("9", "the 2 there are"),
+    ),
+    "more shards than rows": (shared("shards(per_peer=1000)"), ("40 rows", "3000 shards")),
+    "sizes that grow too fast": (
+        shared("exponential", "peers.num_peers=7"),
+        ("exponential leaves a peer with 0 rows",),
+    ),
+    "sizes that grow linearly": (shared("linear(min_size=7)"), ("linear leaves a peer with 6 rows",)),
+    "sizes that grow with the square": (shared("square", "peers.num_peers=10"), ("square leaves a peer with 0 rows",)),
+    "groups of a column that is not there": (shared("natural(column=nope)"), ("'nope'", "sentence, label")),
+    "more peers than groups": (shared("natural(column=label)"), ("2 different values for 3 peers",)),
+    "other saved rows": (a_saved_partition(40, THREE, ", sha256=abc"), ("sha256", "not abc")),
+    "saved rows of other peers": (a_saved_partition(40, THREE[:2]), ("2 peers, not 3",)),
+    "saved rows of another table": (a_saved_partition(39, THREE), ("39 rows, not 40",)),
+    "saved rows with other labels": (a_saved_partition(40, [list(range(38)), [38], [39]]), ("counts other labels",)),
+    "validation on the split of training": (
+        lambda p: p.text("data.path=builtin/sentences", "data.validation=train"),
+        ("data.validation 'train'", "trained on"),
+    ),
+    "validation on the table of training": (
+        lambda p: p.text(f"data.path={(path := p.file('own.csv', CSV))}", f"data.validation={path}"),
+        ("own.csv", "trained on", "train[90%:]"),
+    ),
+    "a slice of a path": (lambda p: p.text("data.validation=val.jsonl[:5]"), ("val.jsonl[:5]", "name of a split")),
+    "names and numbers for labels": (
+        lambda p: p.data("mixed.jsonl", '{"sentence": "a", "label": 0}\n{"sentence": "b", "label": "zero"}\n'),
+        ("mixed.jsonl", "mixes names", "'zero'"),
+    ),
+    "the label 1 only": (rows("r7", {"sentence": SENTENCES, "label": [1] * 12}), ("All labels", "two labels")),
+    "one label of a known task": (
+        rows("r8", {"sentence": SENTENCES, "label": [1] * 12}, "task.name=sst2"),
+        ("All labels", "positive"),
     ),
     "a missing client": (lambda p: p.text(f"data.per_peer={p.here}/client_{{i}}.csv"), ("client_1.csv", "peer 0")),
     "a client without rows": (a_client_without_rows, ("k_2.csv", "no rows")),

@@ -1,6 +1,6 @@
 """From a recipe to the things it names. Checks that need no model come first, so that mistakes cost nothing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from dfl_lora import codecs, combine, corrections, graphs, mixers, schedules
 from dfl_lora.data import partition, sources, tasks
 from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
-from dfl_lora.data.labels import check_several
+from dfl_lora.data.labels import check_several, occurring
 from dfl_lora.errors import UserError
 from dfl_lora.learners import Learner
 from dfl_lora.learners.optimizers import OPTIMIZERS
@@ -28,9 +28,12 @@ from dfl_lora.preflight import (
     TOY_HELD_OUT,
     TOY_ROWS,
     check_attention,
+    check_participation,
     check_partition,
     check_toy,
     graph_of,
+    no_column,
+    share_out,
     text_columns,
 )
 from dfl_lora.recipe import Compute, Recipe, is_path
@@ -74,6 +77,7 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
     lora = Lora(**recipe.lora.model_dump())
+    check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
     toy = recipe.task.kind == "toy"
@@ -185,8 +189,9 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
             "give task.name, or a ClassLabel column."
         )
     names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
-    check_several(names, str(data.path or data.per_peer))
     labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
+    found = {name for ids in labels.values() for name in occurring(names, ids)} if everywhere else set(names)
+    check_several(found, paths[owners[0]])
     if shared:
         parts = share_out(recipe, labels[0], lambda name: sources.column(tables[0], name, paths[0]))
     else:
@@ -204,14 +209,6 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
     peers = PeerData(train, validation_shards(recipe, tokens, columns, names, train))
     return Data(peers, names, counts, sum(map(len, labels.values())), parts if shared else None)
-
-
-def share_out(recipe: Recipe, labels: Rows, column: Callable[[str], Sequence[object]]) -> list[Rows]:
-    """Returns the row numbers of each peer."""
-    how = recipe.data.partition
-    seed = recipe.train.seed if how.seed is None else how.seed
-    parts: list[Rows] = how.of(partition.Table(labels, column), recipe.peers.num_peers, seed, how.min_size)
-    return parts
 
 
 def validation_shards(
@@ -237,10 +234,6 @@ def evaluation_shard(recipe: Recipe, source: Source, rows: Rows) -> Shard:
     if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
         rows = np.sort(numpy_stream(recipe.train.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
     return Shard(source, rows)
-
-
-def no_column(name: str) -> Sequence[object]:
-    raise UserError(f"The toy has no column '{name}'; use a partition by label or by size.")
 
 
 def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:

@@ -19,14 +19,19 @@ def nobody(t: int) -> frozenset[int]:
     return frozenset()
 
 
+def num_present(num_peers: int, share: float) -> int:
+    """Returns how many take part in a round: round(share * num_peers), at least one."""
+    return max(1, round(share * num_peers))
+
+
 def absence(num_peers: int, share: float, seed: int) -> Absence:
-    """Returns who is absent: all but round(share * num_peers) peers, at least one of them present."""
-    num_present = max(1, round(share * num_peers))
-    if num_present == num_peers:
+    """Returns who is absent: all but `num_present`, drawn anew in each round."""
+    present = num_present(num_peers, share)
+    if present == num_peers:
         return nobody
 
     def absent(t: int) -> frozenset[int]:
         order = numpy_stream(seed, "participation", t).permutation(num_peers)
-        return frozenset(int(i) for i in order[num_present:])
+        return frozenset(int(i) for i in order[present:])
 
     return absent

@@ -5,13 +5,14 @@ It looks as far as is cheap: at the graph and its matrix, at options without eff
 is checked again when it is loaded. No torch, transformers, peft or datasets here.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dfl_lora import hub, mixing
 from dfl_lora.data import labels, partition
-from dfl_lora.data.glance import Glance, glance
+from dfl_lora.data.glance import MANY, Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
 from dfl_lora.errors import UserError
@@ -19,6 +20,7 @@ from dfl_lora.graphs import Graph
 from dfl_lora.latest import read_latest
 from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
+from dfl_lora.participation import num_present
 from dfl_lora.reading import load_recipe
 from dfl_lora.recipe import Recipe, is_path
 from dfl_lora.run_directory import RECIPE, held, read_lines
@@ -31,6 +33,8 @@ WITHOUT_EFFECT = {
     "data": ("config", "train", "validation", "per_peer"),
 }
 """Keys that mean nothing to the toy."""
+Labelled = tuple[tuple[str, ...], partition.Rows]
+"""The names of the labels, and the label of every row."""
 LOOKED_AT = 64
 """Peers with rows of their own at whose tables one looks; that they exist is checked of all."""
 SHORT = 8
@@ -40,10 +44,11 @@ SHORT = 8
 def preflight(recipe: Recipe) -> None:
     """Raises one sentence where a cheap look tells that a recipe cannot run."""
     graph_of(recipe)
+    check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
     if recipe.task.kind == "toy":
-        partition.enough(table_of(TOY_ROWS - TOY_HELD_OUT), recipe.peers.num_peers, recipe.data.partition.min_size)
+        check_shares(recipe, Glance((), TOY_ROWS - TOY_HELD_OUT, no_column, {}), None)
         check_targets(TOY_MODULES, recipe)
     else:
         columns = text_columns(recipe)
@@ -87,6 +92,16 @@ def check_toy(recipe: Recipe) -> None:
                 raise UserError(f"{part}.{key} has no effect on the toy, which makes its own data; remove it.")
 
 
+def check_participation(recipe: Recipe) -> None:
+    """Raises where a share of the peers is all of them."""
+    num_peers, share = recipe.peers.num_peers, recipe.peers.participation
+    if share < 1 and num_present(num_peers, share) == num_peers:
+        raise UserError(
+            f"peers.participation {share:g} has no effect: of {num_peers} peers that is all in every round; "
+            "use a smaller share, or remove it."
+        )
+
+
 def check_attention(recipe: Recipe) -> None:
     if recipe.train.dropout and recipe.compute.attention == "sdpa":
         raise UserError("compute.attention sdpa cannot draw dropout from the peers' streams; use eager or auto.")
@@ -106,15 +121,13 @@ def text_columns(recipe: Recipe) -> Columns:
     text = [task.text] if isinstance(task.text, str) else (task.text or ["sentence"])
     if len(text) > 2:
         raise UserError(f"task.text names {len(text)} columns; give one, or two for pairs.")
-    if task.labels is not None and len(set(task.labels)) < len(task.labels):
-        raise UserError(f"task.labels names a label twice: {', '.join(task.labels)}; name each once.")
     return Columns(tuple(text), task.label, None if task.labels is None else tuple(task.labels))
 
 
 def check_partition(recipe: Recipe) -> None:
     """Raises where rows that are not shared out are to be partitioned."""
     how = recipe.data.partition
-    if recipe.data.per_peer is not None and (how.kind, how.min_size) != ("iid", 1):
+    if recipe.data.per_peer is not None and (how.kind, how.min_size, how.seed) != ("iid", 1, None):
         raise UserError(
             "data.partition has no effect with data.per_peer, where each peer has its own rows; remove one."
         )
@@ -158,15 +171,56 @@ def check_rows(recipe: Recipe, columns: Columns) -> None:
         paths = [str(data.path)]
     tables = {path: glance(path, data.config, data.train) for path in paths}
     found = {path: look(table, columns, path) for path, table in tables.items() if table is not None}
-    for table in tables.values() if data.per_peer is None else ():
-        if table is not None and table.num_rows is not None:
-            partition.enough(table_of(table.num_rows), num_peers, data.partition.min_size)
-    known = [names for names in found.values() if names is not None]
+    known = [labelled for labelled in found.values() if labelled is not None]
     everything = len(known) == (1 if data.per_peer is None else num_peers)
-    names = labels.common_names(known) if everything else columns.names
-    if names is not None:
-        labels.check_several(names, str(data.path or data.per_peer))
+    names = labels.common_names([own for own, _ in known]) if everything else columns.names
+    if everything:
+        labels.check_several({name for pair in known for name in labels.occurring(*pair)}, paths[0])
+    if data.per_peer is None and (shared := tables[paths[0]]) is not None:
+        check_shares(recipe, shared, known[0][1] if known else None)
+    check_held_out(recipe)
     check_validation(recipe, columns, names)
+
+
+def check_shares(recipe: Recipe, table: Glance, ids: partition.Rows | None) -> None:
+    """Raises where the rows of a table cannot be shared out; `ids` are its labels, None where they are not known."""
+    how, num_rows, num_peers = recipe.data.partition, table.num_rows, recipe.peers.num_peers
+    if num_rows is None:
+        return
+    partition.enough(num_rows, num_peers, how.min_size)
+    if how.kind in partition.GROWTH:
+        partition.check_growth(how.kind, num_rows, num_peers, how.min_size)
+    elif how.kind == "saved":
+        partition.saved_for(num_rows, num_peers, **how.options)
+    values = {}
+    if how.kind == "natural":
+        if recipe.task.kind != "toy":
+            check_column(table.columns, how.options["column"], str(recipe.data.path))
+        values = {how.options["column"]: table.read(how.options["column"])}
+    told = None not in values.values() and (ids is not None or how.kind in ("quantity", "shards", "natural"))
+    if how.kind in partition.LIGHT and num_rows <= MANY and told:
+        share_out(recipe, np.zeros(num_rows, dtype=np.int64) if ids is None else ids, lambda name: values[name] or ())
+
+
+def share_out(recipe: Recipe, ids: partition.Rows, column: Callable[[str], Sequence[object]]) -> list[partition.Rows]:
+    """Returns the row numbers of each peer."""
+    how = recipe.data.partition
+    seed = recipe.train.seed if how.seed is None else how.seed
+    parts: list[partition.Rows] = how.of(partition.Table(ids, column), recipe.peers.num_peers, seed, how.min_size)
+    return parts
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Raises where peers would be evaluated on the rows they are trained on."""
+    data = recipe.data
+    same_split = data.per_peer is None and data.validation == data.train
+    source = Path(str(data.per_peer or data.path)).expanduser()
+    own = is_path(data.validation) and Path(data.validation).expanduser() == source
+    if same_split or (own and is_alone(Path(peer_path(str(source), 0)))):
+        raise UserError(
+            f"data.validation '{data.validation}' is what peers are trained on, so that nothing is told of rows they "
+            "have not seen; give other rows, or slices such as train[:90%] and train[90%:]."
+        )
 
 
 def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | None) -> None:
@@ -197,20 +251,20 @@ def check_each(key: str, template: str, num_peers: int) -> None:
         )
 
 
-def look(table: Glance, columns: Columns, path: str, names: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
-    """Checks the columns of a table and its labels, which must be among `names`; returns the names of its labels."""
+def look(table: Glance, columns: Columns, path: str, names: tuple[str, ...] | None = None) -> Labelled | None:
+    """Checks the columns of a table and its labels, which must be among `names`; returns the names and the labels."""
+    labelled = None
     check_column(table.columns, columns.label, path)
     values, own = table.read(columns.label), table.class_labels.get(columns.label)
     if values is not None:
         given = labels.checked(values, columns.label, path)
         names = names or labels.names_of(given, own, columns, path)
-        labels.numbers_of(given, own, names, columns.label, path)
+        labelled = names, labels.numbers_of(given, own, names, columns.label, path)
     for name in columns.text:
         check_column(table.columns, name, path)
         check_text(table.read(name) or [], name, path)
-    return names
+    return labelled
 
 
-def table_of(num_rows: int) -> partition.Table:
-    """Returns a table of which nothing but the number of rows is known."""
-    return partition.Table(np.zeros(num_rows, dtype=np.int64), lambda name: [])
+def no_column(name: str) -> list[object]:
+    raise UserError(f"The toy has no column '{name}'; use a partition by label or by size.")

@@ -265,7 +265,7 @@ class Compute(Part):
     """Padded tokens of a training pass over several peers. auto: 4096."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: cpu."""
-    threads: Literal["auto"] | Positive = "auto"
+    threads: Literal["auto"] | Annotated[Positive, Field(le=1024)] = "auto"
     """auto: as many as torch takes."""
 
 

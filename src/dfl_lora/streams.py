@@ -6,9 +6,12 @@ and where a run was resumed change nothing. Privacy noise never comes from here.
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream(seed: int, *name: str | int) -> int:
@@ -17,8 +20,10 @@ def stream(seed: int, *name: str | int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def torch_stream(seed: int, *name: str | int) -> torch.Generator:
+def torch_stream(seed: int, *name: str | int) -> "torch.Generator":
     """Returns a fresh CPU generator for a name; drawn on the CPU so that devices agree."""
+    import torch  # heavy: rows are drawn without it
+
     return torch.Generator().manual_seed(stream(seed, *name))
 
 

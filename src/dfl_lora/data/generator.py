@@ -19,10 +19,13 @@ same subject with the opposite meaning. The hash of the premise decides its spli
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from dfl_lora.data.places import BUILTIN_ROWS
 from dfl_lora.errors import UserError
 from dfl_lora.streams import numpy_stream
 
@@ -201,3 +204,12 @@ def pairs(split: str, num_rows: int, seed: int = 0) -> Rows:
             premise, hypothesis = pair(rng, domain, label)
         rows[premise] = {"premise": premise, "hypothesis": hypothesis, "label": label, "domain": domain.name}
     return list(rows.values())
+
+
+BUILTINS: dict[str, Callable[[str, int], Rows]] = {"builtin/sentences": sentences, "builtin/pairs": pairs}
+
+
+@cache
+def built_in(path: str, split: str) -> Rows:
+    """Returns the rows of a split of a built-in table."""
+    return BUILTINS[path](split, BUILTIN_ROWS[split])

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dfl_lora import hub
+from dfl_lora.data.generator import built_in
 from dfl_lora.data.places import (
     BUILTIN_COLUMNS,
     BUILTIN_ROWS,
@@ -25,6 +26,7 @@ from dfl_lora.data.places import (
     cannot_load,
     check_config,
     check_ending,
+    check_no_slice,
     is_local,
     name_and_slice,
     no_rows,
@@ -62,6 +64,7 @@ def glance(path: str, config: str | None, split: str) -> Glance | None:
         return cut_to(builtin(path, split_among(BUILTIN_ROWS, name, path)), cut, path, split)
     place = Path(path).expanduser()
     if not place.exists():
+        check_no_slice(path)
         if is_local(path):
             raise cannot_load(path, config, "there is no such file or folder", False)
         if not hub.settle("dataset", path):
@@ -81,7 +84,10 @@ class Damaged(Exception):
 
 
 def builtin(path: str, split: str) -> Glance:
-    return Glance(BUILTIN_COLUMNS[path], BUILTIN_ROWS[split], lambda name: None, {})
+    def read(name: str) -> list[object]:
+        return [row[name] for row in built_in(path, split)]
+
+    return Glance(BUILTIN_COLUMNS[path], BUILTIN_ROWS[split], read, {})
 
 
 def cut_to(table: Glance, cut: str | None, path: str, split: str) -> Glance:

@@ -1,6 +1,6 @@
 """Labels: names or whole numbers from 0, checked row by row and made into numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from reprlib import repr as shortened
 from typing import cast
 
@@ -21,6 +21,11 @@ def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Co
     if own is not None:
         return tuple(own)
     texts, numbers = {v for v in values if isinstance(v, str)}, [v for v in values if isinstance(v, int)]
+    if texts and numbers:
+        raise UserError(
+            f"Column '{columns.label}' of '{path}' mixes names, such as {shortened(min(texts))}, with numbers, such as "
+            f"{numbers[0]}; write all labels as names, or all as whole numbers from 0."
+        )
     count = len(texts) or 1 + max(numbers)
     if count > MOST_LABELS:
         raise UserError(
@@ -47,10 +52,15 @@ def checked(values: Sequence[object], name: str, path: str) -> list[str | int]:
     return cast(list[str | int], list(values))
 
 
-def check_several(names: Sequence[str], path: str) -> None:
+def occurring(names: Sequence[str], ids: NDArray[np.int64]) -> set[str]:
+    """Returns the names of the labels that rows have."""
+    return {names[i] for i in np.unique(ids)}
+
+
+def check_several(found: Collection[str], path: str) -> None:
     """Raises where there is nothing to tell apart."""
-    if len(names) < 2:
-        raise UserError(f"All labels in '{path}' are {names[0]}; give rows of two labels or more.")
+    if len(found) < 2:
+        raise UserError(f"All labels in '{path}' are {', '.join(found)}; give rows of two labels or more.")
 
 
 def common_names(found: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

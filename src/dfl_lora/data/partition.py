@@ -11,7 +11,8 @@ sentence that says why that cannot be. Rows of one peer are shuffled.
                  linear, square, exponential   sizes 1 : 2 : ... : N, their squares, e : e^2 : ... : e^N
     given        natural        whole groups of a column's value                 saved   the rows of an earlier run
 
-No torch, datasets or flwr_datasets is imported before rows are drawn: the recipe reads this table.
+No datasets or flwr_datasets is imported before rows are drawn, for those of LIGHT not even then: the recipe reads this
+table, and what is wrong with a choice from it is said before anything heavy is loaded.
 """
 
 import warnings
@@ -26,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfl_lora.choices import Positive, PositiveFloat
-from dfl_lora.data.saved import read_saved
+from dfl_lora.data.saved import Saved, read_saved
 from dfl_lora.errors import UserError
+from dfl_lora.streams import numpy_stream, stream
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -51,9 +53,9 @@ def iid(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
     """Equal parts of the shuffled rows."""
     from flwr_datasets.partitioner import IidPartitioner  # heavy
 
-    enough(table, num_peers, min_size)
+    enough(len(table), num_peers, min_size)
     return cut(
-        generator(seed, "partition").permutation(len(table)), IidPartitioner(num_partitions=num_peers), num_peers
+        numpy_stream(seed, "partition").permutation(len(table)), IidPartitioner(num_partitions=num_peers), num_peers
     )
 
 
@@ -61,9 +63,7 @@ def dirichlet(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: 
     """Each label shared out by Dirichlet(alpha), smaller is more skewed; drawn again until all have min_size rows."""
     from flwr_datasets.partitioner import DirichletPartitioner  # heavy
 
-    from dfl_lora.streams import stream  # imports torch
-
-    enough(table, num_peers, min_size)
+    enough(len(table), num_peers, min_size)
     for k in range(DRAWS // DRAWS_EACH):  # one partitioner gives up after 11 draws
         partitioner = DirichletPartitioner(
             num_partitions=num_peers,
@@ -80,9 +80,9 @@ def dirichlet(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: 
 
 def quantity(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: PositiveFloat = 0.5) -> list[Rows]:
     """Shuffled rows in parts whose sizes are drawn by Dirichlet(alpha) until all have min_size rows."""
-    enough(table, num_peers, min_size)
+    enough(len(table), num_peers, min_size)
     for k in range(DRAWS_OF_SIZES):
-        drawn = generator(seed, "partition", k)
+        drawn = numpy_stream(seed, "partition", k)
         shares = drawn.dirichlet(np.full(num_peers, alpha))
         cuts = np.round(np.cumsum(shares)[:-1] * len(table)).astype(int)
         if np.diff(cuts, prepend=0, append=len(table)).min() >= min_size:
@@ -92,8 +92,8 @@ def quantity(table: Table, num_peers: int, seed: int, min_size: int, *, alpha: P
 
 def shards(table: Table, num_peers: int, seed: int, min_size: int, *, per_peer: Positive = 2) -> list[Rows]:
     """Rows sorted by label, cut into shards of equal size (to a row), per_peer of them dealt to each peer."""
-    enough(table, num_peers, min_size)
-    drawn, num_shards = generator(seed, "partition", "shards"), per_peer * num_peers
+    enough(len(table), num_peers, min_size)
+    drawn, num_shards = numpy_stream(seed, "partition", "shards"), per_peer * num_peers
     if num_shards > len(table):
         raise UserError(
             f"{len(table)} rows cannot be cut into {num_shards} shards, {per_peer} for each of {num_peers} peers; "
@@ -113,7 +113,7 @@ def pathological(
 
     A peer is given the labels that the fewest peers hold so far, ties drawn, so that none is left out.
     """
-    enough(table, num_peers, min_size)
+    enough(len(table), num_peers, min_size)
     found, ids, sizes = np.unique(table.labels, return_inverse=True, return_counts=True)
     what, num_labels = f"pathological(labels_per_peer={labels_per_peer})", len(found)
     if labels_per_peer > num_labels:
@@ -123,7 +123,7 @@ def pathological(
             f"{what} leaves {num_labels - labels_per_peer * num_peers} of {num_labels} labels without a peer; "
             f"use a labels_per_peer of at least {ceil(num_labels / num_peers)}, or more peers."
         )
-    drawn, holders = generator(seed, "partition", "pathological"), [list[int]() for _ in range(num_labels)]
+    drawn, holders = numpy_stream(seed, "partition", "pathological"), [list[int]() for _ in range(num_labels)]
     for i in range(num_peers):
         order = np.lexsort((drawn.random(num_labels), np.array([len(held) for held in holders])))
         for label in order[:labels_per_peer]:
@@ -143,7 +143,7 @@ def pathological(
 
 def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: str) -> list[Rows]:
     """Whole groups of a column's value: largest first, each to the peer with the fewest rows, ties drawn."""
-    enough(table, num_peers, min_size)
+    enough(len(table), num_peers, min_size)
     groups = dict[str, list[int]]()
     for row, value in enumerate(table.column(column)):
         if value is None:
@@ -154,7 +154,7 @@ def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: s
             f"Column '{column}' has {len(groups)} different values for {num_peers} peers; "
             f"use at most {len(groups)} peers, or a column with more values."
         )
-    drawn, held = generator(seed, "partition", "natural"), [list[int]() for _ in range(num_peers)]
+    drawn, held = numpy_stream(seed, "partition", "natural"), [list[int]() for _ in range(num_peers)]
     names = list(groups)
     for k in sorted(drawn.permutation(len(names)), key=lambda k: -len(groups[names[k]])):
         min(held, key=len).extend(groups[names[k]])
@@ -186,6 +186,14 @@ def saved(
     table: Table, num_peers: int, seed: int, min_size: int, *, path: str, sha256: str | None = None
 ) -> list[Rows]:
     """The rows of an earlier run, from its directory or its partition.json; sha256 says which rows they must be."""
+    given = saved_for(len(table), num_peers, path, sha256)
+    if not agree(given.counts, [table.labels[rows] for rows in given.rows]):
+        raise UserError(f"{path} counts other labels in these rows than they have; give the same data and labels.")
+    return checked(list(given.rows), f"saved(path={path})", min_size)
+
+
+def saved_for(num_rows: int, num_peers: int, path: str, sha256: str | None) -> Saved:
+    """Returns the saved rows of a path; raises where they are not those of the recipe, its peers and its table."""
     given = read_saved(Path(path))
     if sha256 is not None and given.sha256 != sha256:
         raise UserError(
@@ -194,11 +202,9 @@ def saved(
         )
     if len(given.rows) != num_peers:
         raise UserError(f"{path} shares rows out to {len(given.rows)} peers, not {num_peers}; set peers.num_peers.")
-    if given.num_rows != len(table):
-        raise UserError(f"{path} shares out a table of {given.num_rows} rows, not {len(table)}; give the same data.")
-    if not agree(given.counts, [table.labels[rows] for rows in given.rows]):
-        raise UserError(f"{path} counts other labels in these rows than they have; give the same data and labels.")
-    return checked(list(given.rows), f"saved(path={path})", min_size)
+    if given.num_rows != num_rows:
+        raise UserError(f"{path} shares out a table of {given.num_rows} rows, not {num_rows}; give the same data.")
+    return given
 
 
 PARTITIONS: Mapping[str, Callable[..., list[Rows]]] = {
@@ -213,15 +219,16 @@ PARTITIONS: Mapping[str, Callable[..., list[Rows]]] = {
     "exponential": exponential,
     "saved": saved,
 }
+LIGHT = frozenset({"quantity", "shards", "pathological", "natural", "saved"})
+"""Those that are drawn with numpy alone."""
+GROWTH: Mapping[str, Callable[[Rows], NDArray[np.float64]]] = {
+    "linear": lambda peers: peers.astype(float),
+    "square": lambda peers: np.square(peers.astype(float)),
+    "exponential": lambda peers: np.exp(np.minimum(peers - 1, 500)),  # e^710 is infinite
+}
+"""What the sizes grow with, by the peer's number from 1; the first is the smallest."""
 BY_LABEL = frozenset({"dirichlet", "shards", "pathological"})
 """Those that say nothing where rows have no labels."""
-
-
-def generator(seed: int, *name: str | int) -> np.random.Generator:
-    """Returns the generator of a name."""
-    from dfl_lora.streams import numpy_stream  # imports torch
-
-    return numpy_stream(seed, *name)
 
 
 def cut(order: Rows, partitioner: "Partitioner", num_peers: int, labels: Rows | None = None) -> list[Rows]:
@@ -236,8 +243,8 @@ def cut(order: Rows, partitioner: "Partitioner", num_peers: int, labels: Rows | 
 
 def grown(name: str, partitioner: "Partitioner", table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
     """Returns shuffled rows in parts whose sizes grow with the peer's number; the last takes what rounding leaves."""
-    enough(table, num_peers, min_size)
-    order = generator(seed, "partition", name).permutation(len(table))
+    check_growth(name, len(table), num_peers, min_size)
+    order = numpy_stream(seed, "partition", name).permutation(len(table))
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # e^710 is infinite
             parts = cut(order, partitioner, num_peers)
@@ -246,22 +253,32 @@ def grown(name: str, partitioner: "Partitioner", table: Table, num_peers: int, s
     return checked(parts, name, min_size)
 
 
-def enough(table: Table, num_peers: int, min_size: int) -> None:
-    if len(table) < num_peers * min_size:
+def check_growth(name: str, num_rows: int, num_peers: int, min_size: int) -> None:
+    """Raises where the first peer, whose part is the smallest, is left with too few rows."""
+    enough(num_rows, num_peers, min_size)
+    sizes = GROWTH[name](np.arange(1, num_peers + 1))
+    check_smallest(int(num_rows * sizes[0] / sizes.sum() + 1e-6), name, min_size)
+
+
+def enough(num_rows: int, num_peers: int, min_size: int) -> None:
+    if num_rows < num_peers * min_size:
         raise UserError(
-            f"{len(table)} rows cannot give {num_peers} peers at least {min_size} each; "
+            f"{num_rows} rows cannot give {num_peers} peers at least {min_size} each; "
             "use fewer peers, a smaller min_size, or more data."
         )
 
 
 def checked(parts: list[Rows], what: str, min_size: int) -> list[Rows]:
-    smallest = min(map(len, parts))
+    check_smallest(min(map(len, parts)), what, min_size)
+    return parts
+
+
+def check_smallest(smallest: int, what: str, min_size: int) -> None:
     if smallest < min_size:
         raise UserError(
             f"{what} leaves a peer with {smallest} rows, fewer than min_size {min_size}; "
             "use fewer peers, a smaller min_size, or more data."
         )
-    return parts
 
 
 def unfair(what: str, min_size: int, draws: int) -> UserError:

@@ -30,6 +30,15 @@ def is_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith(("/", *ENDINGS))
 
 
+def check_no_slice(path: str) -> None:
+    """Raises where a slice is put on a path."""
+    if match := re.fullmatch(r"(.+)\[[^\[\]]*\]", path):
+        raise UserError(
+            f"There is no '{path}': a slice goes on the name of a split, as in data.train train[:1000], and not on a "
+            f"path; give '{match.group(1)}' without it."
+        )
+
+
 def check_config(path: str, config: str | None) -> None:
     """Raises where a configuration is given to what has none."""
     place = Path(path).expanduser()

@@ -6,7 +6,7 @@ or a new line, as in GLUE's own files. The split `validation` of data that has t
 
 import csv
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from datasets import Dataset, ReadInstruction, get_dataset_config_names, load_da
 from datasets.exceptions import DatasetGenerationError
 from pandas.errors import EmptyDataError, ParserWarning
 
-from dfl_lora.data.generator import Rows, pairs, sentences
+from dfl_lora.data.generator import BUILTINS as BUILTINS
+from dfl_lora.data.generator import built_in
 from dfl_lora.data.places import (
     BUILTIN_ROWS,
     TOO_LONG,
@@ -36,7 +37,6 @@ from dfl_lora.errors import UserError
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said in our own sentence
 BUILTIN = "builtin/sentences"
-BUILTINS: dict[str, Callable[[str, int], Rows]] = {BUILTIN: sentences, "builtin/pairs": pairs}
 TABLE: dict[str, Any] = {
     "index_col": False,  # else a row longer than the header moves every value by a column
     "keep_default_na": False,  # None, NA and null are words
@@ -96,7 +96,7 @@ def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, D
 @cache
 def builtin(path: str) -> Mapping[str, Dataset]:
     """Returns the splits of a built-in table."""
-    return {split: Dataset.from_list(BUILTINS[path](split, count)) for split, count in BUILTIN_ROWS.items()}
+    return {split: Dataset.from_list(built_in(path, split)) for split in BUILTIN_ROWS}
 
 
 def reason(error: BaseException, place: Path) -> str:

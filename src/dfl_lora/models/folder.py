@@ -224,4 +224,8 @@ def special_tokens(path: Path, pair: bool) -> int | None:
 
 def check_room(limit: int, special: int) -> None:
     if limit <= special + 1:
-        raise UserError(f"task.max_length {limit} leaves no room beside {special} special tokens; use a larger one.")
+        left = max(0, limit - special)
+        raise UserError(
+            f"task.max_length {limit} leaves room for {left} tokens of text beside {special} special tokens, and at "
+            f"least 2 are needed; use {special + 2} or more."
+        )

@@ -68,7 +68,7 @@ def test_a_name_with_options_makes_what_the_function_makes(given: object, made: 
 @pytest.mark.parametrize(
     "given",
     ["other", "", "a b", "drawn(", "drawn(p)", "drawn(p=0)", "drawn(p=2)", "drawn(q=1)",
-     "drawn(p=0.1, p=0.2)", "drawn(p=0.1,)", "drawn(p=[)",
+     "drawn(p=0.1, p=0.2)", "drawn(p=0.1,)", "drawn(p=[)", "drawn(p={)",
      "plain(p=0.3)", "needy", 3,
      None, [], {"kind": "other"}, {"kind": ["plain"]}, {"kind": "drawn", "p": "x"}, "needy(size=0)",
      "needy(size=1, how=soon)"],

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import combinations
@@ -241,10 +240,9 @@ def test_the_laplacian_has_as_many_zeros_as_the_graph_has_parts(graph: Graph) ->
         ("erdos_renyi", 1000, {}),
     ],
 )
-def test_large_graphs_are_made_in_seconds(name: str, num_peers: int, options: dict[str, Any]) -> None:
-    start = time.process_time()
-    assert GRAPHS[name](num_peers, **options).num_peers == num_peers
-    assert time.process_time() - start < 10
+def test_large_graphs_are_made_too(name: str, num_peers: int, options: dict[str, Any]) -> None:
+    graph = GRAPHS[name](num_peers, **options)
+    assert graph.num_peers == num_peers and graph.connected
 
 
 @pytest.mark.parametrize("num_peers", [1, 2, 3, 8])

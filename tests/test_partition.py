@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner
+from flwr_datasets.partitioner import DirichletPartitioner, ExponentialPartitioner, LinearPartitioner, SquarePartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,9 @@ from dfl_lora.data.partition import (
     PARTITIONS,
     Rows,
     Table,
+    check_growth,
     counts,
+    cut,
     dirichlet,
     exponential,
     iid,
@@ -402,3 +404,29 @@ def test_label_skew_is_between_0_and_1_and_effective_labels_between_1_and_their_
         assert sum(map(sum, table)) == 0
         return
     assert 0 <= found.label_skew < 1 and 1 - 1e-9 <= found.effective_labels <= 3 + 1e-9
+
+
+GROWN = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
+
+
+@pytest.mark.parametrize("name", GROWN)
+@pytest.mark.parametrize("num_peers", [1, 2, 3, 5, 8])
+def test_growing_sizes_are_refused_at_a_glance_just_where_the_library_leaves_too_few_rows(
+    name: str, num_peers: int
+) -> None:
+    drawn = random.Random(f"{name} {num_peers}")
+    sizes = [drawn.randrange(2 * num_peers, 400) for _ in range(8)] + [num_peers * (num_peers + 1) * 7]
+    for num_rows in sizes:
+        try:
+            smallest = min(map(len, cut(np.arange(num_rows), GROWN[name](num_peers), num_peers)))
+        except ValueError:  # an empty part
+            smallest = 0
+        if smallest:
+            check_growth(name, num_rows, num_peers, smallest)
+        with pytest.raises(UserError, match="rows"):
+            check_growth(name, num_rows, num_peers, smallest + 1)
+
+
+def test_sizes_that_grow_beyond_any_float_are_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match="exponential leaves a peer with 0 rows"):
+        check_growth("exponential", 200_000, 100_000, 1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import TokenSource
 from dfl_lora.data.glue import TASKS, Columns
+from dfl_lora.data.labels import check_several, names_of, occurring
 from dfl_lora.data.sources import load_rows
 from dfl_lora.data.tasks import Tokenization, common_names, label_ids, label_names, text_of
 from dfl_lora.errors import UserError
@@ -280,3 +281,17 @@ def test_real_tasks_are_read_with_all_their_rows_and_labels(task: str, train: in
         assert len(rows) == num_rows and set(columns.text) <= set(rows.column_names)
         names = label_names(rows, columns, task)
         assert len(set(label_ids(rows, columns, names, task).tolist())) == len(names)
+
+
+def test_names_and_numbers_in_one_column_of_labels_are_told_apart_in_the_sentence() -> None:
+    with pytest.raises(
+        UserError, match="'label' of 'here' mixes names, such as 'zero', with numbers, such as 0; write"
+    ):
+        names_of([0, 1, "zero"], None, SENTENCE, "here")
+
+
+def test_labels_that_all_are_one_are_refused_whatever_names_there_are() -> None:
+    names = ("bad", "good")
+    assert occurring(names, np.array([1, 1])) == {"good"} and occurring(names, np.array([0, 1])) == set(names)
+    with pytest.raises(UserError, match="All labels in 'here' are good; give rows of two labels or more"):
+        check_several(occurring(names, np.array([1, 1])), "here")

@@ -158,7 +158,7 @@ def forked(words: list[str], stop: Stop) -> Ended:
 
 def command(words: list[str], stop: Stop, counts: int) -> None:
     """Runs one command as the command line does and ends the process."""
-    from dfl_lora.cli import console_entry
+    from dfl_lora.__main__ import console_entry
 
     sys.addaudithook(watcher(stop, counts))
     if stop.largest_file is not None:

@@ -680,6 +680,6 @@ def test_an_interrupted_run_says_how_to_go_on(
     ground: Ground, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as stopped:
-        stopped.setattr(os, "fsync", failing(KeyboardInterrupt(), after=5))
+        stopped.setattr(os, "fsync", failing(KeyboardInterrupt(), after=14))
         assert call(*ground.toy()) == 130
     assert "--resume" in one_line(capsys)

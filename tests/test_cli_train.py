@@ -481,12 +481,12 @@ def echoing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             "glue_split.sh", {"DATASET_PATH": "my glue", "OUTPUT_PATH": "o"},
-            "split glue --dataset_path 'my glue' --output_path o --num_clients 4 --split_type dirichlet --alpha 0.25 "
+            "split glue --dataset_path 'my glue' --output_path o --num_clients 4 --split_type dirichlet "
             "--min_size 1500",
         ),
         (
             "gsm8k_split.sh", {"DATASET_PATH": "d", "OUTPUT_PATH": "o"},
-            "split gsm8k --dataset_path d --output_path o --num_clients 7 --split_type dirichlet --alpha 0.25",
+            "split gsm8k --dataset_path d --output_path o --num_clients 7 --split_type dirichlet",
         ),
         ("view_split.sh", {"OUTPUT_PATH": "o"}, "view-split --base_path o --num_clients 4 --dataset_type glue"),
         (

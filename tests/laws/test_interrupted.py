@@ -50,7 +50,8 @@ def test_a_limit_on_the_size_of_files_is_one_sentence_and_the_run_goes_on_withou
 @pytest.mark.parametrize("before", [".recipe.yaml", ".state-000002", ".latest.json", ".summary.json"])
 def test_ctrl_c_and_a_request_to_end_are_one_line_and_the_run_goes_on(way: str, before: str, ground: Ground) -> None:
     end = ground.stopped(way=way, before=before)
-    assert (end.code, end.said) == (130, "dfl-lora: Interrupted; go on with --resume.\n")
+    kept = before == ".summary.json"
+    assert (end.code, "go on with --resume" in end.said, end.said.count("\n")) == (130, kept, 1)
     assert partials(ground.run) == []
     assert ground.goes_on(before == ".summary.json")
 

@@ -1,17 +1,18 @@
-"""The command line: `dfl-lora VERB`. Exit code 0 ok, 2 the user's mistake, 3 a failed run.
+"""The command line: `dfl-lora VERB`. Exit code 0 ok, 2 the user's mistake, 3 a failed run, 130 interrupted.
 
 Verbs import what they need when they run, so that --help loads no torch.
 """
 
 import errno
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 import typer
 
+from dfl_lora.__main__ import INTERRUPTED
 from dfl_lora.cli import check, data, doctor, export, run, topology, train
+from dfl_lora.cli.interruption import Interrupted
 from dfl_lora.errors import UserError
 
 app = typer.Typer(
@@ -22,8 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Add --debug to any command for the traceback of an error.",
 )
-INTERRUPTED = 130
-RESUMABLE = ("run", "train")
 NO_ROOM = {
     errno.ENOSPC: "The disk is full",
     errno.EDQUOT: "The disk quota is used up",
@@ -54,18 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return complain(*sentence(error))
     if code == INTERRUPTED:
-        how = "go on with --resume" if words[0] in RESUMABLE else "nothing was left half-written"
-        return complain(f"Interrupted; {how}.", code)
+        return complain("Interrupted; nothing was left half-written.", code)
     return int(code)
 
 
 def sentence(error: Exception) -> tuple[str, int]:
     """Returns what to say of an error, and the exit code: 2 where the user can help it, else 3."""
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPTED
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, UsageError):
         command = getattr(getattr(error, "ctx", None), "command_path", "dfl-lora")
-        return f"{error.format_message()} See {command} --help.", 2  # type: ignore[attr-defined]
+        said = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        return f"{said.rstrip('.')}. See {command} --help.", 2
     for number, said in NO_ROOM.items():
         if getattr(error, "errno", None) == number or f"os error {number})" in str(error):
             place = getattr(error, "filename", None) or "a file could not be written"
@@ -78,9 +79,3 @@ def sentence(error: Exception) -> tuple[str, int]:
 def complain(message: str, code: int) -> int:
     print(f"dfl-lora: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def console_entry() -> None:
-    """The entry point of the installed command. Being asked to end (SIGTERM) is taken as Ctrl-C is."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    raise SystemExit(main())

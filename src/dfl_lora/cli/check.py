@@ -28,6 +28,8 @@ def check(
     from dfl_lora.reading import load_recipe
 
     if schema:
+        if recipe is not None or settings:
+            raise UserError("--schema tells what may stand in any recipe; leave out the recipe and --set, or --schema.")
         from dfl_lora.recipe import Recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=1))
@@ -91,7 +93,8 @@ def facts(found: "Check") -> "Table":
         table.add_row("", f"{found.sample.num_tokens} tokens; {cut}")
     table.add_row("graph", escape(f"{graph.topology}: {graph.num_edges:,} edges, W {graph.mixing}"))
     exchanges = short(graph.exchanges_to_a_thousandth)
-    speed = f"spectral gap {short(graph.spectral_gap)}, {exchanges} exchanges to a thousandth"
+    noun = "exchange" if exchanges == "1" else "exchanges"
+    speed = f"spectral gap {short(graph.spectral_gap)}, {exchanges} {noun} to a thousandth"
     expected = f"{short(graph.expected_consensus)} ({short(graph.expected_profile)} of the ring's)"
     table.add_row("agreement", f"{speed}, expected consensus {expected}")
     held = ", ".join(f"{count:,} {role}" for role, count in found.numbers.items() if count)

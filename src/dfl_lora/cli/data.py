@@ -1,6 +1,8 @@
 """`dfl-lora split` and `view-split`: the seed's data tools."""
 
 import json
+import re
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from dfl_lora.data.glue import Columns
 
 Kind = Literal["glue", "gsm8k"]
+ALPHA = 0.25
+FEWEST = re.compile(r"\bmin_size\s*=\s*([^\s,)]+)")
 Task = Annotated[str | None, typer.Option("--task", help="A task of GLUE, for its label names.")]
 Label = Annotated[str | None, typer.Option("--label", help="The label column; 'label' if it is not given.")]
 
@@ -25,7 +29,10 @@ def split(
     split_type: Annotated[
         str, typer.Option(*both("split_type"), help="A partition, such as dirichlet or 'shards(per_peer=2)'.")
     ] = "iid",
-    alpha: Annotated[float, typer.Option("--alpha", help="Dirichlet's concentration: smaller is more skewed.")] = 0.25,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Dirichlet's concentration, 0.25 unless given: smaller, more skewed."),
+    ] = None,
     min_size: Annotated[int, typer.Option(*both("min_size"), min=1, help="The fewest rows of a client.")] = 1,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     config: Annotated[str | None, typer.Option("--config", help="Configuration of a data set with several.")] = None,
@@ -39,17 +46,22 @@ def split(
     The partitions: iid, dirichlet, quantity, shards, pathological, natural(column=NAME), linear, square,
     exponential, saved(path=RUN).
     """
-    from dfl_lora.choices import choice
+    from dfl_lora.choices import choice, options_of
     from dfl_lora.data.partition import PARTITIONS
     from dfl_lora.data.sources import load_rows
     from dfl_lora.data.splits import earlier, shared_out, write_split
     from dfl_lora.reading import parse
 
-    if not alpha > 0:
-        raise UserError(f"--alpha is {alpha:g}; Dirichlet needs a number above 0.")
+    if alpha is not None and not 0 < alpha < inf:
+        raise UserError(f"--alpha is {alpha:g}; Dirichlet needs a finite number above 0.")
+    if fewest := FEWEST.search(split_type):
+        raise UserError(f"--split_type is '{split_type}'; the fewest rows of a client are --min_size {fewest[1]}.")
     how = parse(choice(PARTITIONS, "iid"), split_type, "--split_type")
+    if alpha is not None and "alpha" not in how.options:
+        takers = ", ".join(name for name, partition in PARTITIONS.items() if "alpha" in options_of(partition))
+        raise UserError(f"--alpha has no effect on {how.kind}; leave it out, or use {takers}.")
     if "alpha" in how.options and "alpha" not in how.model_fields_set:
-        how = how.model_copy(update={"alpha": alpha})
+        how = how.model_copy(update={"alpha": ALPHA if alpha is None else alpha})
     earlier(output_path, overwrite)  # before the work
     columns = columns_of(dataset, task, label)
     rows = load_rows(dataset_path, config, source)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dfl_lora.cli.interruption import resumable
 from dfl_lora.cli.options import Json, Out, Overwrite, Resume, Settings
 
 
@@ -28,10 +29,11 @@ def run(
     preflight(resolved)
     if resume:
         check_resume(directory)
-    from dfl_lora.cli.screen import Screen
-    from dfl_lora.simulate import run_recipe
+    with resumable(directory, resume):
+        from dfl_lora.cli.screen import Screen
+        from dfl_lora.simulate import run_recipe
 
-    with Screen(directory, quiet=as_json) as screen:
-        summary = run_recipe(resolved, directory, [screen], resume=resume, overwrite=overwrite)
+        with Screen(directory, quiet=as_json) as screen:
+            summary = run_recipe(resolved, directory, [screen], resume=resume, overwrite=overwrite)
     if as_json:
         print(json.dumps(summary))

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dfl_lora.cli.interruption import resumable
 from dfl_lora.cli.options import Json, Out, Overwrite, Resume, Settings, both
-from dfl_lora.errors import UserError
+from dfl_lora.data.glue import TASKS
+from dfl_lora.errors import UserError, nearest
 from dfl_lora.graphs import GRAPHS
 
 SCHEDULES = {"LoRA": "lora", "DFL-LoRA": "freeze_a", "ConLoRA": "freeze_a"}
@@ -31,7 +33,7 @@ def train(
         Literal["LoRA", "DFL-LoRA", "ConLoRA"],
         typer.Option(*both("training_type"), help="DFL-LoRA (once ConLoRA) freezes A."),
     ],
-    dataset_type: Annotated[Literal["sst2", "mnli", "qnli"], typer.Option(*both("dataset_type"), help="The task.")],
+    dataset_type: Annotated[str, typer.Option(*both("dataset_type"), help=f"The task: {', '.join(TASKS)}.")],
     name: Annotated[str, typer.Option("--name", help=f"Topology: {', '.join(GRAPHS)}.")],
     num_rounds: Annotated[int, typer.Option(*both("num_rounds"), min=1, help="Rounds of one epoch each.")] = 256,
     batch_size: Annotated[int, typer.Option(*both("batch_size"), min=1, help="Rows of a step.")] = 128,
@@ -51,6 +53,9 @@ def train(
     template = dataset_path_template
     if "{i}" not in template and "{}" not in template:
         raise UserError(f"--dataset_path_template is '{template}'; put {{i}} or {{}} where the client's number stands.")
+    if dataset_type not in TASKS:
+        hint = nearest(dataset_type, TASKS)
+        raise UserError(f"--dataset_type is '{dataset_type}'; allowed are {', '.join(TASKS)}.{hint}")
     validation = val_dataset_path_template  # a bare name is a folder here, not a split
     validation = validation if "/" in validation else f"./{validation}"
     content = recipe_of(model_checkpoint, template, validation, num_clients, lora_r, lora_alpha)
@@ -67,12 +72,13 @@ def train(
     preflight(recipe)
     if resume:
         check_resume(directory)
-    from dfl_lora.cli.screen import Screen
-    from dfl_lora.cli.seed_log import SeedLog
-    from dfl_lora.simulate import run_recipe
+    with resumable(directory, resume):
+        from dfl_lora.cli.screen import Screen
+        from dfl_lora.cli.seed_log import SeedLog
+        from dfl_lora.simulate import run_recipe
 
-    with Screen(directory, quiet=as_json) as screen, SeedLog(log_path) as log:
-        summary = run_recipe(recipe, directory, [screen, log], resume=resume, overwrite=overwrite)
+        with Screen(directory, quiet=as_json) as screen, SeedLog(log_path) as log:
+            summary = run_recipe(recipe, directory, [screen, log], resume=resume, overwrite=overwrite)
     if as_json:
         print(json.dumps(summary))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -37,8 +38,11 @@ AT_THE_END = "import atexit, os; atexit.register(os.kill, os.getpid(), {number})
 
 def ended(before: str, *words: str) -> tuple[int, str]:
     """Runs the entry point in a process of its own and returns its exit code and what it said on stderr."""
-    command = [sys.executable, "-c", before + COMMAND, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "120"})
+    with TemporaryDirectory() as folder:  # a module: Python itself ends by SIGINT after some, and never after -c
+        (Path(folder) / "stopped.py").write_text(before + COMMAND)
+        command = [sys.executable, "-m", "stopped", *words]
+        environment = os.environ | {"PYTHONPATH": folder}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     return done.returncode, done.stderr
 
 

@@ -131,7 +131,8 @@ def test_a_run_tells_its_metric_wherever_it_tells_the_accuracy(metric: str, tmp_
 def test_the_metric_of_a_recipe_is_the_tasks_own_where_it_names_none(tmp_path: Path, model: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in labelled(40)))
-    lines, summary = finished(tmp_path, text(model, rows, rows, task={"name": "cola"}))
+    slices = {"train": "train[:30]", "validation": "train[30:]"}
+    lines, summary = finished(tmp_path, text(model, rows, rows, task={"name": "cola"}, data=slices))
     assert summary["metric"] == "matthews" and "matthews" in lines[-1]
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["evaluate"]["metric"] == "matthews"
 

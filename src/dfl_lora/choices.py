@@ -34,8 +34,9 @@ Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 
 NAME = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 LIST = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
-PIECE = re.compile(rf"""(?:"[^"]*"|'[^']*'|{LIST}|[^,"'\[\]])+""")
-"""An option and its value: up to a comma that stands in no quotes and in no list."""
+QUOTED = r"""(?<=[=,\[\s])"(?:[^"\\]|\\.)*"|(?<=[=,\[\s])'(?:[^']|'')*'|(?<![=,\[\s])['"]"""
+PIECE = re.compile(rf"""(?:{QUOTED}|{LIST}|[^,"'\[\]])+""")
+"""An option and its value: up to a comma that stands in no list and in no quotes, which open where a value begins."""
 PIECES = re.compile(rf"{PIECE.pattern}(?:,{PIECE.pattern})*")
 
 

@@ -1,6 +1,7 @@
 """Every test is offline, and every cache it fills is gone when the session ends."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ CACHES = pytest.StashKey[Path]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment before a test module imports a library that reads it once, when it is loaded."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: commands would not hear Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     caches = tempfile.TemporaryDirectory(prefix="dfl-lora-tests-")
     config.add_cleanup(caches.cleanup)
     config.stash[CACHES] = Path(caches.name)

@@ -25,7 +25,7 @@ class Silence:
     """A network that takes every frame and delivers none: what is sent can be counted, and no peer changes."""
 
     def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
-        return {i: {} for i in outgoing}
+        return Arrived({i: {} for i in outgoing})
 
 
 @dataclass(frozen=True)

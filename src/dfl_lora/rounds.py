@@ -4,11 +4,13 @@ Written once. A process that hosts all peers is a simulation, one that hosts one
 learner and the network are the only things that differ.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
+
+import torch
 
 from dfl_lora.codecs import CODECS, Codec
 from dfl_lora.combine import COMBINES, Combine, Fault, Inbox
@@ -17,10 +19,11 @@ from dfl_lora.graphs import Graph, Topology
 from dfl_lora.learners import Learner, Progress
 from dfl_lora.mixers import MIXERS, Mixer, Values
 from dfl_lora.mixing import Mixing, metropolis
-from dfl_lora.networks import Network
+from dfl_lora.networks import Network, Undone
 from dfl_lora.participation import Absence, nobody
 from dfl_lora.peers import Peers
 from dfl_lora.schedules import Phase, Schedule
+from dfl_lora.tensors import Layout, Tensors
 
 Measures = Callable[[int, Peers], Mapping[str, Any]]
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -42,10 +45,11 @@ class Method:
 
 @dataclass
 class Traffic:
-    """What the hosted peers sent in one round, and what they refused."""
+    """What the hosted peers sent in one round, how long they waited for others, and what they refused."""
 
     bytes: int = 0
     messages: int = 0
+    waited_s: float = 0.0
     refused: dict[Fault, int] = field(default_factory=dict)
 
 
@@ -92,15 +96,19 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
     """Sends, combines and takes in what the phase shares, in place; returns what it cost."""
     traffic, hosted = Traffic(), {p.id: p for p in peers if p.id not in phase.absent}
     edges = graph.among(frozenset(range(graph.num_peers)) - phase.absent) if phase.absent else graph
+    undone = list[Undone]()
 
     def exchange(values: Values, k: int) -> Values:
         frames = {i: method.codec.encode(v, hosted[i].memory) for i, v in values.items()}
         traffic.messages += sum(edges.degree(i) for i in frames)
         traffic.bytes += sum(frame.num_bytes * edges.degree(i) for i, frame in frames.items())
+        arrived = network.exchange(t, k, edges, frames)
+        traffic.waited_s += arrived.waited_s
+        undone.extend(arrived.undone)
         combined = {}
-        for i, arrived in network.exchange(t, k, edges, frames).items():
+        for i, received in arrived.frames.items():
             own = values[i]
-            decoded = {j: None if f is None else method.codec.decode(f, own) for j, f in arrived.items()}
+            decoded = {j: None if f is None else method.codec.decode(f, own) for j, f in received.items()}
             sent = method.codec.decode(frames[i], own) or own
             inbox = Inbox.receive(method.mixing(graph, i), own, sent, decoded)
             for fault in inbox.refused.values():
@@ -111,4 +119,34 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
     outgoing = {i: method.correction.outgoing(p, phase) for i, p in hosted.items()}
     for i, mixed in method.mixer(outgoing, exchange).items():
         method.correction.incoming(hosted[i], phase, mixed)
+    take_back(peers, undone, method)
     return traffic
+
+
+def take_back(peers: Peers, undone: Iterable[Undone], method: Method) -> None:
+    """Takes flows out of the peers again that the other end of an edge did not take in, so that the mean holds.
+
+    A flow is w_ij (q_j - q_i) of an earlier exchange; the mixer has made it `gain` times as large by the end of its
+    round. For the correction this is a mix in which nothing else moves.
+    """
+    hosted = {p.id: p for p in peers}
+    for u in undone:
+        peer, phase = hosted[u.peer], method.schedule(u.round)
+        now = method.correction.outgoing(peer, phase)
+        own, theirs = method.codec.decode(u.own, now), method.codec.decode(u.theirs, now)
+        if own is not None and theirs is not None:
+            weight = method.mixing(method.topology(u.round), u.peer).weights[u.neighbour] * gain(
+                method.mixer, u.exchange
+            )
+            flow = (theirs.flat - own.flat).mul_(weight)
+            method.correction.incoming(peer, phase, now.with_flat(now.flat - flow))
+
+
+def gain(mixer: Mixer, exchange: int) -> float:
+    """Returns by how much a mixer multiplies what one exchange adds to the mean; 1 where there is but one."""
+    nothing_yet = Tensors(torch.zeros(1, dtype=torch.float64), Layout.of({"mean": ("A", (1,))}))
+
+    def add(values: Values, k: int) -> Values:
+        return {0: values[0].with_flat(values[0].flat + (k == exchange))}
+
+    return float(mixer({0: nothing_yet}, add)[0].flat.item())

@@ -50,7 +50,8 @@ class Changed:
     change: Callable[[int, InboxOf], InboxOf]
 
     def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
-        return {i: self.change(i, box) for i, box in MemoryNetwork().exchange(round, k, graph, outgoing).items()}
+        arrived = MemoryNetwork().exchange(round, k, graph, outgoing)
+        return Arrived({i: self.change(i, box) for i, box in arrived.frames.items()})
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Replayed:
     frames: Mapping[int, Mapping[int, bytes]]
 
     def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
-        return {i: {j: Frame.from_bytes(self.frames[k][j]) for j in graph.neighbours(i)} for i in outgoing}
+        return Arrived({i: {j: Frame.from_bytes(self.frames[k][j]) for j in graph.neighbours(i)} for i in outgoing})
 
 
 def lossy(lost: set[tuple[int, int]]) -> Changed:

@@ -56,7 +56,7 @@ class PipeNetwork:
         everyone = dict(outgoing) | self.receive(round, k)
         if not self.speaks_first:
             self.send(round, k, outgoing)
-        return {i: {j: everyone[j] for j in graph.neighbours(i)} for i in outgoing}
+        return Arrived({i: {j: everyone[j] for j in graph.neighbours(i)} for i in outgoing})
 
     def send(self, round: int, k: int, outgoing: Mapping[int, Frame]) -> None:
         self.connection.send_bytes(json.dumps([round, k, list(outgoing)]).encode())

@@ -13,4 +13,4 @@ class MemoryNetwork:
     """Delivers everything at once."""
 
     def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
-        return {i: {j: outgoing[j] for j in graph.neighbours(i)} for i in outgoing}
+        return Arrived({i: {j: outgoing[j] for j in graph.neighbours(i)} for i in outgoing})

@@ -1,0 +1,96 @@
+"""An exchange that one end of an edge took in and the other did not: taken back at the next contact, the mean holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from dfl_lora.codecs.frames import Frame
+from dfl_lora.graphs import GRAPHS, Graph
+from dfl_lora.mixers import MIXERS, Exchange, Mixer, Values
+from dfl_lora.mixing import MIXINGS
+from dfl_lora.networks import Arrived, Undone
+from dfl_lora.networks.memory import MemoryNetwork
+from dfl_lora.peers import Peers
+from dfl_lora.rounds import Method, gain, mix
+from dfl_lora.schedules import SCHEDULES, Head
+
+RandomPeers = Callable[[Method], Peers]
+
+
+def twice(values: Values, exchange: Exchange) -> Values:
+    """W (W x)."""
+    return exchange(exchange(values, 0), 1)
+
+
+def extrapolated(values: Values, exchange: Exchange) -> Values:
+    """3 W (2 W x - x) - 2 x: the mean is kept, and what one exchange adds to it grows 6-fold and 3-fold."""
+    once = exchange(values, 0)
+    pushed = {i: v.with_flat(2 * v.flat - values[i].flat) for i, v in once.items()}
+    return {i: v.with_flat(3 * v.flat - 2 * values[i].flat) for i, v in exchange(pushed, 1).items()}
+
+
+EVERY_MIXER: Mapping[str, Mixer] = {**MIXERS, "twice": twice, "extrapolated": extrapolated}
+
+
+@dataclass
+class OneSided:
+    """In round 1 `receiver` takes in exchange `failing` on one edge and `sender` does not; then the edge is out.
+
+    In round 2 the receiver is told.
+    """
+
+    receiver: int
+    sender: int
+    failing: int
+    undone: list[Undone] = field(default_factory=list)
+
+    def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
+        frames = {i: dict(box) for i, box in MemoryNetwork().exchange(round, k, graph, outgoing).frames.items()}
+        if round == 1 and k == self.failing:
+            del frames[self.sender][self.receiver]
+            kept = [Frame(f.codec, f.layout, {n: t.clone() for n, t in f.body.items()}) for f in outgoing.values()]
+            ends = self.receiver, self.sender
+            self.undone = [Undone(*ends, round, k, *(kept[list(outgoing).index(i)] for i in ends))]
+        if round == 1 and k > self.failing:
+            del frames[self.sender][self.receiver], frames[self.receiver][self.sender]
+        return Arrived(frames, self.undone if (round, k) == (2, 0) else ())
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("mixer", EVERY_MIXER)
+@pytest.mark.parametrize("head", ["shared", "private"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_mean_holds_again_from_the_next_contact(
+    random_peers: RandomPeers, schedule: str, mixing: str, head: Head, mixer: str, failing: int
+) -> None:
+    if failing == 1 and mixer in MIXERS:
+        pytest.skip("a mixer of one exchange")
+    graph = GRAPHS["link4"](7)
+    method = Method(SCHEDULES[schedule](head), lambda t: graph, mixing=MIXINGS[mixing], mixer=EVERY_MIXER[mixer])
+    peers, network = random_peers(method), OneSided(3, 4, failing)
+    mean = peers.x.mean(0)
+    mix(peers, method.schedule(1), graph, 1, method, network)
+    moved = (peers.x.mean(0) - mean).abs().max()
+    assert moved > 1e-3
+    mix(peers, method.schedule(2), graph, 2, method, network)
+    assert (peers.x.mean(0) - mean).abs().max() < 1e-12 * max(1, moved)
+
+
+def test_the_gain_of_an_exchange_is_what_the_mean_gains_of_it() -> None:
+    assert [gain(mixer, 0) for mixer in EVERY_MIXER.values()] == [1.0, 1.0, 6.0]
+    assert [gain(twice, 1), gain(extrapolated, 1)] == [1.0, 3.0]
+
+
+def test_what_is_taken_back_of_an_absent_peer_is_taken_back_all_the_same(random_peers: RandomPeers) -> None:
+    """It was away when its neighbour told."""
+    graph = GRAPHS["ring"](7)
+    method = Method(SCHEDULES["lora"]("shared"), lambda t: graph, lambda t: frozenset({3} if t == 2 else ()))
+    peers, network = random_peers(method), OneSided(3, 4, 0)
+    mean = peers.x.mean(0)
+    mix(peers, method.schedule(1), graph, 1, method, network)
+    absent = method.absence(2)
+    mix(peers, replace(method.schedule(2), absent=absent), graph, 2, method, network)
+    assert torch.allclose(peers.x.mean(0), mean, atol=1e-13)

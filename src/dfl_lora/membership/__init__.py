@@ -1,0 +1,1 @@
+"""Who belongs to a federation: identities, addresses, the signed roster, and how one is invited and joins."""

@@ -1,0 +1,107 @@
+"""The body of a frame: safetensors, of which every byte but the numbers is known beforehand.
+
+    body = n (8 bytes, little endian) | JSON header (n bytes) | the numbers, tensor after tensor
+
+All peers of a run send the same tensors in an exchange, so a receiver writes down the beginning that it expects, from
+its own frame, and compares it to the byte: the JSON of a stranger is never parsed, names, types, shapes and length
+cannot differ. What is left are the numbers, and a received tensor is a view of them where they arrived: nothing is
+copied. In the other direction the numbers are copied once, into the same views of a new body.
+
+The beginning is written here, not by the library, which would need the numbers for it; the tests compare the two.
+Tensors lie by type, then by name, so that each is aligned.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import hypot, prod
+
+import torch
+from torch import Tensor
+
+from dfl_lora.codecs.frames import Frame
+
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""What a body can hold, in the order in which it lies there. No bool: most bytes are none."""
+ORDER = list(DTYPES)
+PIECE = 2**18
+"""Numbers in a part of a norm. Float64 takes 2 MiB for them, and is 8 times as fast as at once: 9 ms for 100 MB."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a body: its first byte, its type and its shape."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, body: bytearray) -> Tensor:
+        """Returns the tensor as a view of the body."""
+        count = prod(self.shape)
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(body, dtype=self.dtype, count=count, offset=self.start).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The only body that is right in an exchange, but for its numbers."""
+
+    codec: str
+    layout: str
+    prefix: bytes
+    places: Mapping[str, Place]
+    length: int
+
+    @staticmethod
+    def of(frame: Frame) -> "Expectation":
+        """Returns what neighbours send where this is the own frame."""
+        entries, spans, stop = dict[str, object](), dict[str, int](), 0
+        for name, tensor in sorted(frame.body.items(), key=lambda item: (ORDER.index(item[1].dtype), item[0])):
+            start, stop = stop, stop + tensor.numel() * tensor.itemsize
+            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, stop]}
+            spans[name] = start
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+        prefix = len(header).to_bytes(8, "little") + header
+        places = {n: Place(len(prefix) + s, frame.body[n].dtype, tuple(frame.body[n].shape)) for n, s in spans.items()}
+        return Expectation(frame.codec, frame.layout, prefix, places, len(prefix) + stop)
+
+
+def body_of(frame: Frame) -> bytearray:
+    """Returns the bytes of a frame's body, as safetensors writes them; a copy, the frame may change afterwards."""
+    expected = Expectation.of(frame)
+    body = bytearray(expected.length)
+    body[: len(expected.prefix)] = expected.prefix
+    for name, place in expected.places.items():
+        place.of(body).copy_(frame.body[name])
+    return body
+
+
+def frame_from(body: bytearray, expected: Expectation) -> Frame | None:
+    """Returns the frame whose tensors are views of the body, or None where it is not the expected one."""
+    if len(body) != expected.length or not body.startswith(expected.prefix):
+        return None
+    return Frame(expected.codec, expected.layout, {name: place.of(body) for name, place in expected.places.items()})
+
+
+def norm_of(frame: Frame) -> float:
+    """Returns the Euclidean norm of all floating numbers of a frame, in float64; not finite where one of them is not."""
+    pieces = (p for t in frame.body.values() if t.is_floating_point() for p in t.reshape(-1).split(PIECE))
+    return hypot(*(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces))
+
+
+def is_finite(frame: Frame) -> bool:
+    """Tells whether all numbers of a frame are finite; their norm may overflow where they are."""
+    return all(bool(torch.isfinite(t).all()) for t in frame.body.values())

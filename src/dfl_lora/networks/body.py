@@ -97,8 +97,8 @@ def frame_from(body: bytearray, expected: Expectation) -> Frame | None:
 
 
 def norm_of(frame: Frame) -> float:
-    """Returns the Euclidean norm of all floating numbers of a frame, in float64; not finite where one of them is not."""
-    pieces = (p for t in frame.body.values() if t.is_floating_point() for p in t.reshape(-1).split(PIECE))
+    """Returns the Euclidean norm of all floating numbers of a frame, in float64; not finite where one is not."""
+    pieces = (p for t in frame.body.values() if t.is_floating_point() for p in torch.split(t.reshape(-1), PIECE))
     return hypot(*(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces))
 
 

@@ -13,12 +13,10 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from struct import Struct
-from typing import Literal
+from typing import Any, Literal
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from dfl_lora.membership.identity import verify
 
 MAGIC, VERSION = b"DFLL", 1
 START = Struct(">4sBH")
@@ -91,16 +89,7 @@ class Opened:
 
     def is_signed_by(self, key: bytes) -> bool:
         """Tells whether the holder of an ed25519 public key (32 bytes) made this seal."""
-        try:
-            loaded(key).verify(self.signature, self.signed)
-        except InvalidSignature:
-            return False
-        return True
-
-
-@lru_cache(maxsize=1024)
-def loaded(key: bytes) -> Ed25519PublicKey:
-    return Ed25519PublicKey.from_public_bytes(key)
+        return verify(key, self.signature, self.signed)
 
 
 def seal(header: Header, sign: Callable[[bytes], bytes]) -> bytes:
@@ -145,8 +134,10 @@ def header_of(content: bytes) -> Header | Refusal:
     for name in NUMBERS:
         if len(match[name]) > 19 or int(match[name]) >= 2**63:
             return Refusal("header", f"{name} is {match[name][:24]} in the header; it is below 2**63")
-    numbers = {name: int(match[name]) for name in NUMBERS}
-    return Header(**{name: match[name] for name in TEXTS}, **numbers)
+    fields: dict[str, Any] = {
+        name: int(value) if name in NUMBERS else value for name, value in match.groupdict().items()
+    }
+    return Header(**fields)
 
 
 def shown(content: bytes | str) -> str:

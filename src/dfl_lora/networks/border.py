@@ -13,7 +13,6 @@ each kind and member.
 ban a member for the run. Kept are, for each peer, the last announcement that passed, and for each member its counts.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,9 +60,9 @@ class Border:
         self.latest = dict[int, Latest]()
         self.counts = dict[str, Counter[Kind]]()
 
-    def expect(self, round: int, exchange: int, frame: Expectation, max_norm: float) -> None:
+    def expect(self, moment: Moment, frame: Expectation, max_norm: float) -> None:
         """Opens an exchange: from now on frames are compared with this one."""
-        self.expected = Expected((round, exchange), frame, max_norm)
+        self.expected = Expected(moment, frame, max_norm)
 
     def announced(self, sealed: bytes, member: str, now: Moment) -> Header | Refusal:
         """Returns the header of an announcement that a member made, whose body may then be pulled, or why not."""
@@ -74,17 +73,24 @@ class Border:
         self.latest[judged.sender] = Latest(member, judged.sequence, sealed)
         return judged
 
-    def judge(self, header: Header) -> Refusal | None:
-        """Returns why an announcement that came ahead of its exchange is refused now that it may be open."""
+    def judge(self, header: Header) -> Header | Refusal:
+        """Judges an announcement that came ahead of its exchange again, now that it may be open."""
         if self.expected is None or header.moment > self.expected.moment:
-            return None
+            return header
         refusal = unfit(header, self.expected)
-        return refusal and self.refuse(self.latest[header.sender].member, refusal)
+        return header if refusal is None else self.refuse(self.latest[header.sender].member, refusal)
 
-    def received(self, header: Header, body: bytearray) -> Frame | Refusal:
-        """Returns the frame of an announcement that passed and its body, as views of the body, or why it is refused."""
-        frame = admitted(header, body, self.expected)
+    def received(self, header: Header, body: bytearray, sha256: str) -> Frame | Refusal:
+        """Returns the frame of an announcement that passed, as views of its body, or why it is refused.
+
+        `sha256` is that of the body as it arrived, in hexadecimal digits: who pulls it has it at no cost.
+        """
+        frame = admitted(header, body, sha256, self.expected)
         return self.refuse(self.latest[header.sender].member, frame) if isinstance(frame, Refusal) else frame
+
+    def strike(self, member: str, kind: Kind, why: str) -> Refusal:
+        """Counts something else that a member sent and no honest one does."""
+        return self.refuse(member, Refusal(kind, why))
 
     def examined(self, opened: Opened, sealed: bytes, member: str, now: Moment) -> Header | Refusal:
         """Returns the header of an announcement that is well formed, or what else is wrong with it."""
@@ -153,9 +159,11 @@ def untimely(header: Header, now: Moment) -> Refusal | None:
     """Returns why a frame can be of no use at this moment.
 
     An honest peer is at most one step ahead: it opens an exchange on an edge only after it had the other end's frame of
-    the one before.
+    the one before. Before this process has begun, where all others are is not known.
     """
     round, exchange = now
+    if round < 0:
+        return None
     why = f"a frame is of round {header.round}, exchange {header.exchange}, and here it is round {round}, {exchange}"
     if header.moment < now:
         return Refusal("stale", f"{why}: too late")
@@ -181,17 +189,16 @@ def unfit(header: Header, expected: Expected) -> Refusal | None:
     return None
 
 
-def admitted(header: Header, body: bytearray, expected: Expected | None) -> Frame | Refusal:
-    """Returns the frame of a body, or what is wrong with it; looks at nothing else, hence may run in any thread."""
+def admitted(header: Header, body: bytearray, sha256: str, expected: Expected | None) -> Frame | Refusal:
+    """Returns the frame of a body, or what is wrong with it."""
     if expected is None:
         return Refusal("future", f"a body of round {header.round} came before any exchange was open")
     if refusal := unfit(header, expected):
         return refusal
     if len(body) != header.length:
         return Refusal("truncated", f"a body has {len(body)} bytes; {header.length} were announced")
-    digest = hashlib.sha256(body).hexdigest()
-    if digest != header.sha256:
-        return differs("hash", digest, header.sha256)
+    if sha256 != header.sha256:
+        return differs("hash", sha256, header.sha256)
     frame = frame_from(body, expected.frame)
     if frame is None:
         return Refusal("names", "a body begins with other names, types or shapes than those of this exchange")

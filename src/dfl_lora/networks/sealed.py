@@ -42,7 +42,7 @@ HEADER = re.compile(r"\{" + ",".join(f'"{name}":{FIELDS[name]}' for name in sort
 Kind = Literal[
     "magic", "version", "length", "header", "identity", "federation", "run", "recipe", "epoch", "codec", "layout",
     "size", "signature", "replayed", "duplicate", "stale", "future", "exchange", "truncated", "hash", "names",
-    "non-finite", "norm",
+    "non-finite", "norm", "message",
 ]  # fmt: skip
 
 

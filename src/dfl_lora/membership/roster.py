@@ -12,6 +12,8 @@ TLS to refuse, one member at a time.
 
 import base64
 import json
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,16 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
 from dfl_lora.membership.addresses import split_address
-from dfl_lora.membership.identity import SHOWN, VOUCH, check_certificate, fingerprint_of, id_of, public_of, verify
+from dfl_lora.membership.identity import (
+    SHOWN,
+    VOUCH,
+    Identity,
+    check_certificate,
+    fingerprint_of,
+    id_of,
+    public_of,
+    verify,
+)
 
 SIGNED = b"dfl-lora roster\0"
 LARGEST = 32 * 2**20
@@ -50,6 +61,12 @@ class Member:
     addresses: Annotated[tuple[str, ...], Field(max_length=8)]
     """Where others reach it; none: it reaches them."""
     __pydantic_config__: ClassVar = STRICT
+
+    @classmethod
+    def of(cls, identity: Identity, peers: Sequence[int], addresses: Sequence[str]) -> "Member":
+        """Returns the entry of an identity."""
+        der, hosted = identity.certificate_der, tuple(sorted(peers))
+        return cls(identity.id, identity.public, der, identity.vouch, hosted, tuple(addresses))
 
     @cached_property
     def certificate_pem(self) -> bytes:
@@ -116,6 +133,12 @@ class Roster:
         """Returns the member of an id."""
         return self.by_id.get(id)
 
+    def admitting(self, member: Member) -> "Roster":
+        """Returns the next epoch, unsigned, with a new member; it takes its peers over from those who had them."""
+        left = (replace(m, peers=tuple(p for p in m.peers if p not in member.peers)) for m in self.members)
+        members = (*(m for m in left if m.peers), member)
+        return replace(self, epoch=self.epoch + 1, members=members, signature=bytes(64))
+
     @property
     def content(self) -> bytes:
         """What is signed."""
@@ -167,6 +190,12 @@ class Roster:
 
 
 ROSTER = TypeAdapter(Roster)
+
+
+def first_roster(organiser: Ed25519PrivateKey, recipe: str, num_peers: int, members: Sequence[Member]) -> Roster:
+    """Returns the signed first epoch of a new run."""
+    unsigned = Roster(public_of(organiser), 1, secrets.token_hex(16), recipe, num_peers, tuple(members))
+    return unsigned.sealed_by(organiser)
 
 
 def canonical(roster: Roster) -> bytes:

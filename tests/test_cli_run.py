@@ -28,7 +28,7 @@ SUMMARY_KEYS = {
     "recipe_digest", "num_peers", "rounds", "accuracy", "consensus_error", "product_disagreement",
     "relative_disagreement", "bytes_sent_per_peer", "seconds", "tokens_per_second", "mfu", "peak_rss_bytes", "versions",
 }  # fmt: skip
-SECONDS = {"train", "exchange", "evaluate", "total"}
+SECONDS = {"train", "exchange", "wait", "evaluate", "total"}
 ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 

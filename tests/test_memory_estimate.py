@@ -32,7 +32,7 @@ import json, sys
 from pathlib import Path
 from dfl_lora.memory import estimate
 from dfl_lora.reading import load_recipe
-from dfl_lora.simulate import build
+from dfl_lora.running import build
 print(json.dumps(estimate(build(load_recipe(Path(sys.argv[1]), sys.argv[2:]))).as_json()))
 """
 """Imports what a run imports."""

@@ -17,7 +17,7 @@ from sklearn import metrics as oracle
 
 from dfl_lora.cli.screen import comparison, told
 from dfl_lora.metrics import METRICS, Answers, accuracy, ends_of, f1, key_of, loss, matthews, recorded
-from dfl_lora.simulate import ending, spread
+from dfl_lora.records import ending, spread
 from tiny import Content, call, labelled, text, toy, written
 
 PAIRS = {"path": "builtin/pairs", "train": "train[:60]", "validation": "validation[:24]"}

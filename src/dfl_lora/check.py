@@ -15,9 +15,9 @@ from dfl_lora.memory import Estimate, estimate
 from dfl_lora.models.base import load_tokenizer
 from dfl_lora.networks import Arrived
 from dfl_lora.recipe import Recipe
+from dfl_lora.records import partition_facts
 from dfl_lora.roles import ROLES
 from dfl_lora.rounds import Traffic, mix
-from dfl_lora.simulate import partition_facts
 
 
 @dataclass(frozen=True)

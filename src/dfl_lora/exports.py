@@ -8,7 +8,7 @@ from dfl_lora.files import new_folder
 from dfl_lora.models import adapters
 from dfl_lora.models.base import locate
 from dfl_lora.reading import load_recipe
-from dfl_lora.simulate import labels_of
+from dfl_lora.records import labels_of
 
 
 def export_run(run: Path, name: str, to: Path, merge: bool) -> None:

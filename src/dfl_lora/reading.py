@@ -32,10 +32,15 @@ BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int|<.*>", re.
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `a.b=value` settings; raises one sentence where anything is wrong."""
+    return resolve(read_mapping(path, "recipe", "model and data"), settings, str(path))
+
+
+def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping with such keys; `what` it is stands in the sentence where it is not."""
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"There is no recipe at {path}; give the path of a YAML file.") from None
+        raise UserError(f"There is no {what} at {path}; give the path of a YAML file.") from None
     except OSError as error:
         raise UserError(f"{path} is not readable YAML: {error.strerror}; give the path of a YAML file.") from None
     except UnicodeDecodeError:
@@ -44,8 +49,8 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is not readable YAML: {error}.") from None
     if not isinstance(content, dict):
         what = {"NoneType": "nothing", "str": "a text", "list": "a list"}.get(type(content).__name__, "a value")
-        raise UserError(f"{path} holds {what}, not a mapping of recipe keys such as model and data.")
-    return resolve(cast(dict[str, Any], content), settings, str(path))
+        raise UserError(f"{path} holds {what}, not a mapping of {what} keys such as {keys}.")
+    return cast(dict[str, Any], content)
 
 
 def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:

@@ -15,7 +15,9 @@ from dfl_lora.errors import UserError
 from dfl_lora.reading import resolve
 from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record
-from dfl_lora.simulate import Line, Start, run_recipe
+from dfl_lora.run_directory import Line
+from dfl_lora.running import Start
+from dfl_lora.simulate import run_recipe
 
 ROUNDS = 4
 CLOCKED = {"seconds", "peak_rss_bytes", "tokens_per_second"}

@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 from dfl_lora.memory import estimate
 from dfl_lora.reading import load_recipe
-from dfl_lora.simulate import build
+from dfl_lora.running import build
 print(json.dumps(estimate(build(load_recipe(Path(sys.argv[1]), sys.argv[2:]))).as_json()))
 """
 

@@ -17,9 +17,11 @@ from rich.table import Table
 from dfl_lora.build import Federation
 from dfl_lora.files import append, write_atomically
 from dfl_lora.metrics import ends_of, key_of
+from dfl_lora.records import hosts_all, named
 from dfl_lora.report.page import size
 from dfl_lora.rounds import Record
-from dfl_lora.simulate import Line, Start
+from dfl_lora.run_directory import Line
+from dfl_lora.running import Start
 
 WIDTH = 120
 
@@ -54,11 +56,12 @@ class Screen:
 
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
         recipe, graph = federation.recipe, federation.graph
+        here = "" if hosts_all(federation) else f", {named(federation.peers.ids)} in this process"
         self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
         write_atomically(self.run / "log.txt", b"")
         self.keys = keys_of(str(recipe.evaluate.metric))
         self.say(
-            f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges), "
+            f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges){here}, "
             f"{recipe.method.schedule}, head {recipe.method.head}, {federation.peers.layout.size:,} numbers a peer, "
             f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}",
             always=True,
@@ -69,8 +72,12 @@ class Screen:
             self.say(f"going on after round {len(lines)}", always=True)
 
     def finished_round(self, record: Record, line: Line) -> None:
+        self.tell(line)
+
+    def tell(self, line: Line) -> None:
+        """Says a round that is over."""
         self.say(told(line, self.keys))
-        self.progress.update(self.task, completed=record.round)
+        self.progress.update(self.task, completed=line["round"])
 
     def ended(self, summary: Mapping[str, Any], run: Path) -> None:
         self.progress.stop()
@@ -88,8 +95,8 @@ def told(line: Line, keys: Sequence[str]) -> str:
     scored = "".join(f"{key} {share(m['mean'])} (worst {share(m[ends_of(key)[0]])})  " for key, m in measured)
     return (
         f"round {line['round']:3d}  loss {number(line['loss']['mean'])}  {scored}"
-        f"disagreement {number(line['relative_disagreement'])}  "
-        f"consensus error {number(line['consensus_error'])}  sent {size(line['bytes_sent_per_peer'])} a peer  "
+        f"disagreement {apart(line['relative_disagreement'])}  "
+        f"consensus error {apart(line['consensus_error'])}  sent {size(line['bytes_sent_per_peer'])} a peer  "
         f"{line['seconds']['total']:.1f} s"
     )
 
@@ -105,6 +112,11 @@ def share(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
+
+
+def apart(value: float | None) -> str:
+    """Returns a distance of the peers from agreement, a dash where it is not known."""
+    return "–" if value is None else number(value)
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -131,10 +143,10 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
             share(scored["mean"]),
             f"± {share(scored['ci95'])}",
             share(scored["min"]),
-            share(scored["consensus"]),
+            "–" if "hosted" in summary else share(scored["consensus"]),
             *(with_worst(summary.get(key), key) for key in others),
-            number(summary["consensus_error"]),
-            number(summary["product_disagreement"]),
+            apart(summary["consensus_error"]),
+            apart(summary["product_disagreement"]),
             size(summary["bytes_sent_per_peer"]),
             f"{summary['seconds']['total']:.0f}",
         )

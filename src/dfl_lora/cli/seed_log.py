@@ -11,7 +11,8 @@ from typing import Any, Self
 from dfl_lora.build import Federation
 from dfl_lora.files import naming
 from dfl_lora.rounds import Record
-from dfl_lora.simulate import Line, Start
+from dfl_lora.run_directory import Line
+from dfl_lora.running import Start
 
 
 class Handler(logging.FileHandler):
@@ -29,7 +30,7 @@ class SeedLog:
         self.path = path
         self.logger = logging.Logger("dfl_lora.seed", logging.INFO)
         self.rounds = 0
-        self.differences: list[float] = []
+        self.differences: list[float | None] = []
         self.accuracies: list[list[float]] = []
 
     def __enter__(self) -> Self:

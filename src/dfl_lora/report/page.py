@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ class Partition:
 
     labels: tuple[str, ...]
     counts: Array
+    """nan for a peer whose own rows were read by another process."""
     edges: tuple[tuple[int, int], ...]
     topology: str
     spectral_gap: float
@@ -101,7 +102,9 @@ def partition_of(text: str) -> Partition:
     labels = tuple(str(label) for label in given["labels"])
     counts = np.array(given["counts"], dtype=np.float64).reshape(len(given["counts"]), len(labels))
     edges = tuple(sorted({(min(i, j), max(i, j)) for i, j in given.get("edges", ())}))
-    if not len(counts) or not (np.isfinite(counts) & (counts >= 0)).all():
+    told = np.isfinite(counts) & (counts >= 0)
+    elsewhere = np.isnan(counts).all(axis=1) & bool(labels)
+    if not len(counts) or elsewhere.all() or not (told.all(axis=1) | elsewhere).all():
         raise ValueError("counts must be the numbers of rows of at least one peer")
     if not all(isinstance(end, int) and 0 <= end < len(counts) for edge in edges for end in edge):
         raise ValueError(f"edges must be pairs of peers between 0 and {len(counts) - 1}")
@@ -146,7 +149,7 @@ def drawings(run: Run) -> dict[str, Drawing | None]:
         "consensus": figures.consensus(run.records),
         "relative": figures.relative(run.records),
         "topology": figures.topology(len(part.counts), part.edges) if part else None,
-        "partition": figures.partition(part.counts, part.labels) if part else None,
+        "partition": figures.partition(np.nan_to_num(part.counts), part.labels) if part else None,
     }
 
 
@@ -192,7 +195,7 @@ def headline(summary: Record) -> list[Fact]:
 
 def cost(summary: Record) -> list[Fact]:
     """Returns where the time and the memory went."""
-    parts = [(part, number(summary, "seconds", part)) for part in ("train", "exchange", "evaluate", "total")]
+    parts = [(part, number(summary, "seconds", part)) for part in ("train", "exchange", "wait", "evaluate", "total")]
     return [
         *(Fact(f"Seconds: {part}", short(seconds)) for part, seconds in parts),
         Fact("Tokens per second", short(number(summary, "tokens_per_second"))),
@@ -211,7 +214,9 @@ def graph_facts(partition: Partition | None) -> str:
 
 def share_facts(partition: Partition | None) -> str:
     """Returns how unequal the rows of the peers are."""
-    return str(shares(partition.counts.tolist())) if partition and partition.labels else ""
+    if partition is None or not partition.labels:
+        return ""
+    return str(shares(partition.counts[~np.isnan(partition.counts).any(axis=1)].tolist()))
 
 
 def holdings(partition: Partition | None) -> list[tuple[int, list[str], str, str]]:
@@ -219,21 +224,31 @@ def holdings(partition: Partition | None) -> list[tuple[int, list[str], str, str
     if partition is None or not partition.labels:
         return []
     rows = partition.counts.sum(axis=1)
-    shares_of_all = rows / max(1.0, rows.sum())
+    shares_of_all = rows / max(1.0, np.nansum(rows))
     return [
-        (i, [f"{count:,.0f}" for count in counts], f"{rows[i]:,.0f}", f"{shares_of_all[i]:.1%}")
+        (i, [whole(n) for n in counts], whole(rows[i]), NOTHING if isnan(rows[i]) else f"{shares_of_all[i]:.1%}")
         for i, counts in enumerate(partition.counts)
     ]
 
 
 def peers(run: Run) -> list[tuple[int, list[str], str]]:
     """Returns each peer with its final metrics and its training rows."""
-    finals = [per_peer(run.summary, key) for key, _ in shown(run.summary)]
+    finals = [by_peer(run.summary, per_peer(run.summary, key)) for key, _ in shown(run.summary)]
     rows = run.partition.counts.sum(axis=1) if run.partition and run.partition.labels else np.zeros(0)
     return [
-        (i, [at(values, i, fixed) for values in finals], at(rows, i, lambda count: f"{count:,.0f}"))
+        (i, [at(values, i, fixed) for values in finals], at(rows, i, whole))
         for i in range(max(len(rows), *map(len, finals)))
     ]
+
+
+def by_peer(summary: Record, values: Array) -> Array:
+    """Returns the values of all peers, nan for those that another process hosted."""
+    hosted = summary.get("hosted")
+    if not isinstance(hosted, list) or len(hosted) != len(values):
+        return values
+    everyone = np.full(max(int(number(summary, "num_peers")), max(hosted) + 1), nan)
+    everyone[hosted] = values
+    return everyone
 
 
 def provenance(summary: Record) -> list[str]:
@@ -283,6 +298,11 @@ def title(name: str) -> str:
 def fixed(value: float) -> str:
     """Returns a metric, a dash for nan."""
     return NOTHING if isnan(value) else f"{value:.4f}"
+
+
+def whole(count: float) -> str:
+    """Returns a number of rows, a dash for nan."""
+    return NOTHING if isnan(count) else f"{count:,.0f}"
 
 
 def short(value: float) -> str:

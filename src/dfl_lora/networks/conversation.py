@@ -1,0 +1,538 @@
+"""The conversation of one member with those that host neighbours: announce, pull, have, settle.
+
+A round goes on with the edges whose both ends announced it. Each exchange ends when every edge is complete or given up:
+its other end is gone, further on, banned, or later than the deadline. `edges.py` says what two ends can agree on,
+`border.py` what is refused, `links.py` how links come and go; here is who says what, and when.
+"""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Literal
+
+from dfl_lora.codecs.frames import Frame
+from dfl_lora.graphs import Graph
+from dfl_lora.membership.identity import Identity
+from dfl_lora.membership.roster import Member, Roster
+from dfl_lora.networks import Arrived, Undone, messages
+from dfl_lora.networks.body import Expectation, norm_of
+from dfl_lora.networks.border import NO_STRIKE, STRIKES, Border
+from dfl_lora.networks.edges import Applied, Edge, Ledger, Moment, Open
+from dfl_lora.networks.links import Link, Links, Observe
+from dfl_lora.networks.messages import (
+    BEFORE,
+    CHUNK_BYTES,
+    PROTOCOL,
+    Announce,
+    Chunk,
+    Close,
+    Have,
+    Hello,
+    Message,
+    Pull,
+    Settle,
+    encoded,
+)
+from dfl_lora.networks.sealed import Header, Opened, Refusal, open_sealed, seal
+from dfl_lora.networks.transport import Transport
+
+AT_LAST: Moment = (2**62, 0)
+"""After everything."""
+LOOK_S = 0.25
+"""Between two looks at edges of which nothing is heard."""
+TELL_S = 10.0
+"""Between two lines about who is waited for."""
+MOST_SEEN = 2**53
+"""A neighbour that says it has seen more of a peer's frames than that is not believed."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What all members agreed to, as digests."""
+
+    recipe: str
+    base: str
+    frozen: str
+    start: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a member waits, in seconds, and how long a message may be against the own one."""
+
+    deadline_s: float = 600.0
+    grace_s: float = 3.0
+    assemble_s: float = 600.0
+    norm_bound: float = 1000.0
+
+
+@dataclass
+class Heard:
+    """The last announcement of a peer, the link it came on, and what of its body is here."""
+
+    header: Header
+    sealed: bytes
+    link: Link
+    buffer: bytearray = field(default_factory=bytearray)
+    filled: int = 0
+    digest: Any = None
+
+    @property
+    def moment(self) -> Moment:
+        return self.header.round, self.header.exchange
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A frame of a hosted peer, ready to be pulled."""
+
+    frame: Frame
+    body: bytearray
+    sha256: str
+
+
+class Conversation:
+    """Everything runs in one event loop; `exchange` is called by one caller at a time."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Roster,
+        hosted: Sequence[int],
+        graph: Graph,
+        contract: Contract,
+        limits: Limits,
+        transport: Transport,
+        observe: Observe,
+        keep: Callable[[Roster], None] = lambda roster: None,
+        applied: Applied = (),
+        first: int = 1,
+    ) -> None:
+        self.identity, self.roster, self.hosted, self.graph = identity, roster, frozenset(hosted), graph
+        self.contract, self.limits, self.observe, self.keep = contract, limits, observe, keep
+        self.border = Border(roster, contract.recipe, self.refused)
+        self.links = Links(identity.id, roster, transport, self, observe)
+        self.transport, self.session = transport, secrets.token_hex(8)
+        self.ledger, self.next = Ledger.of(applied), (first, 0)
+        self.current: Open | None = None
+        self.sealed: dict[int, bytes] = {}
+        self.bodies: dict[int, bytearray] = {}
+        self.heard_of: dict[int, Heard] = {}
+        self.early: dict[int, tuple[Link, bytes]] = {}
+        self.positions: dict[str, Moment] = {}
+        self.closed: dict[Edge, int] = {}
+        self.sending: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self.sequence = 0
+        self.changed = asyncio.Event()
+        self.tasks = set[asyncio.Task[None]]()
+
+    # ---- the loop's side
+
+    async def open(self, listen: str | None) -> int | None:
+        """Listens, where an address is given, and begins to dial; returns the port."""
+        self.transport.trust(self.roster)
+        port = None if listen is None else await self.transport.listen(listen, self.links.answer)
+        self.links.want(self.neighbours())
+        return port
+
+    async def close(self, why: Literal["finished", "stopped"]) -> None:
+        await self.links.close(why)
+
+    async def assemble(self) -> None:
+        """Waits until every neighbour is linked, at most `assemble_s`."""
+        start = told = monotonic()
+        while (missing := self.missing()) and monotonic() - start < self.limits.assemble_s:
+            await self.pause()
+            if monotonic() - told > TELL_S:
+                told = monotonic()
+                self.tell("waiting", None, missing, f"for the peers {', '.join(map(str, missing))}")
+        if missing:
+            self.tell("late", None, missing, f"begins without the peers {', '.join(map(str, missing))}")
+
+    async def exchange(self, moment: Moment, graph: Graph, outgoing: Mapping[int, Outgoing]) -> Arrived:
+        """Announces the hosted peers' frames, pulls their neighbours', and returns what both ends have."""
+        started, t = monotonic(), moment[0]
+        edges = frozenset((i, j) for i in outgoing for j in graph.neighbours(i) if j not in self.hosted)
+        sequences = {i: self.sequence + n for n, i in enumerate(outgoing, 1)}
+        self.sequence += len(outgoing)
+        closed = {edge for edge in edges if self.closed.get(edge) == t}
+        frames = {i: out.frame for i, out in outgoing.items()}
+        self.current = exchange = Open(moment, frames, sequences, edges, closed)
+        self.bodies = {i: out.body for i, out in outgoing.items()}
+        self.sealed = {i: seal(self.header(i, exchange, out), self.identity.sign) for i, out in outgoing.items()}
+        if frames:
+            longest = max(1.0, *(norm_of(frame) for frame in frames.values()))
+            self.border.expect(moment, Expectation.of(next(iter(frames.values()))), self.limits.norm_bound * longest)
+        self.next = moment
+        for link in self.links.open.values():
+            self.announce(link)
+        for link, sealed in [self.early.pop(j) for j in list(self.early)]:
+            self.take_announcement(link, sealed)
+        for j in list(self.heard_of):
+            self.pull(j)
+        waited = await self.until_decided(exchange, started)
+        self.end(exchange)
+        return Arrived(exchange.arrived(), self.ledger.collect(), waited)
+
+    async def until_decided(self, exchange: Open, started: float) -> float:
+        """Waits until no edge is pending; returns the seconds until all were heard of or given up."""
+        all_heard = None
+        while pending := exchange.pending():
+            if all_heard is None and all(
+                j in self.heard_of and self.heard_of[j].moment >= exchange.moment for _, j in pending
+            ):
+                all_heard = monotonic()
+            for edge in pending:
+                if (why := self.hopeless(edge, exchange.moment, monotonic() - started)) is not None:
+                    exchange.out.add(edge)
+                    where = f"round {exchange.moment[0]}, exchange {exchange.moment[1]}"
+                    self.tell("failed-edge", self.roster.of_peer(edge[1]), edge, f"{where}: {why}")
+            if exchange.pending():
+                await self.pause()
+        return (all_heard or monotonic()) - started
+
+    def hopeless(self, edge: Edge, moment: Moment, waited: float) -> str | None:
+        """Returns why nothing more is to be expected of an edge in this exchange, or None."""
+        member = self.roster.of_peer(edge[1])
+        if member is None:
+            return f"nobody hosts peer {edge[1]} in epoch {self.roster.epoch}"
+        if self.border.banned(member.id):
+            return "it is banned"
+        if waited > self.limits.deadline_s:
+            return f"it was not ready within {self.limits.deadline_s:g} s"
+        if member.id not in self.links.open:
+            return None if self.lately_lost(member.id) else f"there is no link ({self.links.standing[member.id].why})"
+        if self.positions.get(member.id, BEFORE) > moment:
+            return "it is further on"
+        return None
+
+    def end(self, exchange: Open) -> None:
+        """Closes an exchange: what is complete is written down, what is not is out for the rest of the round."""
+        t = exchange.moment[0]
+        for link in self.links.open.values():
+            given_up = [edge for edge in exchange.out if edge[1] in link.member.peers and self.closed.get(edge) != t]
+            if given_up:
+                link.say(Close(round=t, edges=given_up))
+        self.closed |= dict.fromkeys(exchange.out, t)
+        self.ledger.take_in(exchange)
+        self.current, self.next = None, (t, exchange.moment[1] + 1)
+        self.sealed, self.bodies = {}, {}
+        for task in self.sending.values():
+            task.cancel()
+        self.sending.clear()
+        for heard in self.heard_of.values():
+            if heard.moment <= exchange.moment:
+                heard.buffer, heard.filled, heard.digest = bytearray(), 0, None
+
+    async def finish(self) -> list[Undone]:
+        """Tells what was taken in last, waits for the others to tell, and returns what is to be taken back."""
+        self.next, start = AT_LAST, monotonic()
+        for link in self.links.open.values():
+            self.announce(link)
+        while self.unsettled() and monotonic() - start < self.limits.deadline_s:
+            await self.pause()
+        return self.ledger.collect()
+
+    def unsettled(self) -> list[str]:
+        """Returns the members that have not told what they took in last, and may yet."""
+        return [
+            id
+            for id in self.neighbours()
+            if self.positions.get(id, BEFORE) < AT_LAST
+            and not self.border.banned(id)
+            and (id in self.links.open or self.lately_lost(id))
+        ]
+
+    def lately_lost(self, id: str) -> bool:
+        """Tells whether a link that is not there may come back soon enough to wait for it."""
+        standing = self.links.standing.get(id)
+        if standing is None or standing.state != "lost":
+            return False
+        return monotonic() - standing.changed <= self.limits.grace_s
+
+    def neighbours(self) -> list[str]:
+        """Returns the members that host neighbours."""
+        peers = {j for i in self.hosted for j in self.graph.neighbours(i)} - self.hosted
+        return sorted({member.id for member in map(self.roster.of_peer, peers) if member is not None})
+
+    def missing(self) -> list[int]:
+        """Returns the neighbours that nobody hosts yet or whose member is not linked."""
+        peers = {j for i in self.hosted for j in self.graph.neighbours(i)} - self.hosted
+        hosts = {j: self.roster.of_peer(j) for j in sorted(peers)}
+        return [j for j, member in hosts.items() if member is None or member.id not in self.links.open]
+
+    async def pause(self) -> None:
+        """Waits until something is heard, or a moment."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), LOOK_S)
+        self.changed.clear()
+
+    def header(self, i: int, exchange: Open, out: Outgoing) -> Header:
+        return Header(
+            federation=self.roster.federation,
+            run=self.roster.run,
+            recipe=self.contract.recipe,
+            layout=out.frame.layout,
+            codec=out.frame.codec,
+            epoch=self.roster.epoch,
+            round=exchange.moment[0],
+            exchange=exchange.moment[1],
+            sequence=exchange.sequences[i],
+            sender=i,
+            length=len(out.body),
+            sha256=out.sha256,
+        )
+
+    def announce(self, link: Link) -> None:
+        """Tells a member what was taken in last, and what is there to be pulled for its peers."""
+        link.say(self.settle(link.member))
+        exchange = self.current
+        receivers = exchange.edges - exchange.out if exchange else frozenset[Edge]()
+        senders = {i for i, j in receivers if j in link.member.peers}
+        link.say(*(Announce(self.sealed[i]) for i in sorted(senders)))
+
+    def settle(self, member: Member) -> Settle:
+        edges = [(i, j) for i in sorted(self.hosted) for j in self.graph.neighbours(i) if j in member.peers]
+        return Settle(now=self.next, taken=[(*edge, *self.ledger.taken.get(edge, BEFORE)) for edge in edges])
+
+    # ---- the links' side
+
+    def hello(self, member: Member | None) -> Hello:
+        seen = [(j, self.border.last(j)) for j in (member.peers if member else ())]
+        return Hello(
+            protocol=PROTOCOL,
+            id=self.identity.id,
+            federation=self.roster.federation,
+            run=self.roster.run,
+            recipe=self.contract.recipe,
+            base=self.contract.base,
+            frozen=self.contract.frozen,
+            start=self.contract.start,
+            epoch=self.roster.epoch,
+            session=self.session,
+            seen=seen,
+        )
+
+    def barred(self, member: Member) -> str | None:
+        return (
+            f"it is banned for this run: {STRIKES} of its messages were refused"
+            if self.border.banned(member.id)
+            else None
+        )
+
+    def met(self, link: Link) -> None:
+        """Counts on from the sequences the other end has seen, and says all that matters to it."""
+        self.sequence = max([self.sequence, *(n for i, n in link.hello.seen if i in self.hosted and n < MOST_SEEN)])
+        if link.hello.epoch < self.roster.epoch:
+            link.say(messages.Roster(self.roster.to_json()))
+        self.announce(link)
+        self.changed.set()
+
+    def lost(self, link: Link) -> None:
+        self.changed.set()
+
+    def garbled(self, link: Link, why: str) -> None:
+        self.border.strike(link.member.id, "message", why)
+        self.ban(link.member.id)
+
+    def heard(self, link: Link, message: Message) -> None:
+        """Does what a message asks for."""
+        if isinstance(message, Announce):
+            self.take_announcement(link, message.sealed)
+            self.ban(link.member.id)
+        elif isinstance(message, Chunk):
+            self.take_chunk(link, message)
+            self.ban(link.member.id)
+        elif isinstance(message, Pull):
+            self.send(link, message)
+        elif isinstance(message, Have) and self.current is not None:
+            self.current.acknowledge(message.sender, message.sequence, link.member.peers)
+        elif isinstance(message, Settle):
+            self.compare(link, message)
+        elif isinstance(message, Close):
+            self.take_close(link, message)
+        elif isinstance(message, messages.Roster):
+            self.take_roster(link, message.content)
+        self.changed.set()
+
+    def take_announcement(self, link: Link, sealed: bytes) -> None:
+        """Notes what a peer announces, and pulls it where its exchange is open here."""
+        again = [
+            h for j in link.member.peers if (h := self.heard_of.get(j)) and h.sealed == sealed and h.link is not link
+        ]
+        if again:  # on a new link: what was pulled already stays
+            again[0].link = link
+            self.pull(again[0].header.sender)
+            return
+        verdict = self.border.announced(sealed, link.member.id, self.next)
+        if isinstance(verdict, Header):
+            self.heard_of[verdict.sender] = Heard(verdict, sealed, link)
+            self.pull(verdict.sender)
+        elif verdict.kind == "future" and isinstance(opened := open_sealed(sealed), Opened):
+            if opened.header.sender in link.member.peers:  # judged again when this end has caught up
+                self.early[opened.header.sender] = link, sealed
+
+    def pull(self, j: int) -> None:
+        """Asks for the frame of a peer, from where it broke off; or says that it is here."""
+        heard, exchange = self.heard_of[j], self.current
+        asked = Have(sender=j, sequence=heard.header.sequence)
+        wanted = (
+            exchange is not None and exchange.moment == heard.moment and j in {edge[1] for edge in exchange.pending()}
+        )
+        if exchange is not None and exchange.moment == heard.moment and j in exchange.got:
+            heard.link.say(asked)
+        elif wanted and isinstance(self.border.judge(heard.header), Header):
+            if heard.digest is None:
+                heard.buffer, heard.digest = bytearray(heard.header.length), hashlib.sha256()
+            heard.link.say(Pull(sender=j, sequence=heard.header.sequence, offset=heard.filled))
+        elif heard.moment in [self.ledger.taken.get((i, j)) for i in self.hosted]:
+            heard.link.say(asked)
+
+    def send(self, link: Link, asked: Pull) -> None:
+        """Begins to send the body of a hosted peer's frame to a member with neighbours of it."""
+        exchange, body = self.current, self.bodies.get(asked.sender)
+        if exchange is None or body is None or exchange.sequences[asked.sender] != asked.sequence:
+            return
+        if not any((asked.sender, j) in exchange.edges for j in link.member.peers):
+            return
+        key = link.member.id, asked.sender
+        if (earlier := self.sending.get(key)) is not None:
+            earlier.cancel()
+        self.sending[key] = asyncio.create_task(self.send_body(link, asked, memoryview(body)))
+
+    async def send_body(self, link: Link, asked: Pull, body: memoryview) -> None:
+        for offset in range(asked.offset, len(body), CHUNK_BYTES):
+            piece = body[offset : offset + CHUNK_BYTES]
+            await link.write(encoded(Chunk(asked.sender, asked.sequence, offset, piece)))
+
+    def take_chunk(self, link: Link, chunk: Chunk) -> None:
+        """Adds a piece to a body that was asked for; pieces that were not are let fall."""
+        heard = self.heard_of.get(chunk.sender)
+        if heard is None or heard.link is not link or heard.digest is None or self.current is None:
+            return
+        if heard.header.sequence != chunk.sequence or heard.filled != chunk.offset:
+            return
+        stop = heard.filled + len(chunk.data)
+        if stop > heard.header.length:
+            self.garbled(link, f"a body of {heard.header.length:,} bytes goes on to {stop:,}")
+            return
+        heard.buffer[heard.filled : stop] = chunk.data
+        heard.digest.update(chunk.data)
+        heard.filled = stop
+        if stop == heard.header.length:
+            self.take_body(heard)
+
+    def take_body(self, heard: Heard) -> None:
+        exchange, j = self.current, heard.header.sender
+        verdict = self.border.received(heard.header, heard.buffer, heard.digest.hexdigest())
+        heard.buffer, heard.filled, heard.digest = bytearray(), 0, None
+        if exchange is None:
+            return
+        if isinstance(verdict, Frame):
+            exchange.got[j] = verdict
+            heard.link.say(Have(sender=j, sequence=heard.header.sequence))
+        else:
+            exchange.out |= {edge for edge in exchange.edges if edge[1] == j}
+
+    def compare(self, link: Link, theirs: Settle) -> None:
+        """Compares what the two ends took in; what the other end took in of this exchange, it has."""
+        self.positions[link.member.id] = theirs.now
+        now = AT_LAST if link.restarted else theirs.now
+        for i, j, t, k in theirs.taken:
+            if i not in link.member.peers or j not in self.hosted:
+                continue
+            if self.current is not None and self.current.moment == (t, k):
+                self.current.acknowledged |= {(j, i)} & self.current.edges
+            if self.ledger.settle((j, i), (t, k), now):
+                self.tell("taken-back", link.member, [j, i], f"peer {i} did not take in what peer {j} did")
+        link.restarted = False
+
+    def take_close(self, link: Link, message: Close) -> None:
+        edges = {(j, i) for i, j in message.edges if i in link.member.peers and j in self.hosted}
+        self.closed |= dict.fromkeys(edges, message.round)
+        if self.current is not None and self.current.moment[0] == message.round:
+            self.current.out |= edges & self.current.edges
+
+    def take_roster(self, link: Link, content: bytes) -> None:
+        try:
+            roster = Roster.from_json(content)
+        except ValueError as error:
+            self.garbled(link, f"roster: {error}")
+            return
+        self.adopt(roster)
+
+    def adopt(self, roster: Roster) -> None:
+        """Takes a roster of a higher epoch of this federation and run, tells the neighbours, and lets strangers go."""
+        if not roster.supersedes(self.roster) or roster.run != self.roster.run:
+            return
+        self.roster = self.border.roster = self.links.roster = roster
+        self.transport.trust(roster)
+        self.keep(roster)
+        self.tell("roster", None, [], f"epoch {roster.epoch} with {len(roster.members)} members")
+        for id, link in list(self.links.open.items()):
+            member = roster.member(id)
+            if member is None or member.certificate != link.member.certificate:
+                self.background(self.links.drop(id, "refused", f"it is no member of epoch {roster.epoch}"))
+            else:
+                link.member = member
+                link.say(messages.Roster(roster.to_json()))
+        self.links.want(self.neighbours())
+        self.changed.set()
+
+    def refused(self, id: str, refusal: Refusal) -> None:
+        """Tells of the first refusal of its kind and member."""
+        event = "late" if refusal.kind in NO_STRIKE else "refused"
+        self.tell(event, self.roster.member(id), [], f"{refusal.kind}: {refusal.why}")
+
+    def ban(self, id: str) -> None:
+        """Ends the link with a member that is banned by now."""
+        if self.border.banned(id) and id in self.links.open:
+            why = f"it is banned for this run: {STRIKES} of its messages were refused"
+            self.tell("banned", self.roster.member(id), [], why)
+            self.background(self.links.drop(id, "banned", why))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns how things are with each neighbour, as JSON."""
+        members = [self.seen_as(id) for id in sorted(self.links.standing)]
+        return {
+            "id": self.identity.id,
+            "peers": sorted(self.hosted),
+            "epoch": self.roster.epoch,
+            "round": self.next[0] if self.next < AT_LAST else None,
+            "bytes_sent": sum(m["bytes_sent"] for m in members),
+            "bytes_received": sum(m["bytes_received"] for m in members),
+            "members": members,
+        }
+
+    def seen_as(self, id: str) -> dict[str, Any]:
+        standing, link, member = self.links.standing[id], self.links.open.get(id), self.roster.member(id)
+        there, here = self.positions.get(id, BEFORE)[0], self.next[0]
+        known = 0 <= there < AT_LAST[0] and here < AT_LAST[0]
+        return {
+            "id": id,
+            "peers": list(member.peers) if member else [],
+            "state": standing.state,
+            "since": standing.since.isoformat(timespec="seconds"),
+            "why": standing.why,
+            "address": link.stream.address if link else None,
+            "round": there if 0 <= there < AT_LAST[0] else None,
+            "lag": here - there if known else None,
+            "links": standing.links,
+            "bytes_sent": standing.sent + (link.sent if link else 0),
+            "bytes_received": standing.received + (link.received if link else 0),
+            "refused": dict(self.border.refused.get(id, {})),
+            "strikes": self.border.strikes(id),
+        }
+
+    def tell(self, event: str, member: Member | None, peers: Iterable[int], why: str) -> None:
+        who = {"member": member.id if member else None, "peers": list(peers)}
+        self.observe({"event": event, **who, "why": why, "address": ""})

@@ -6,8 +6,11 @@ the new epoch and the recipe, or why not. Nobody is trusted for what it says: th
 roster is. A secret works once.
 """
 
+import fcntl
 import hmac
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -76,7 +79,15 @@ class Admissions:
             raise Refused("used", "this invitation has been used; ask for a new one")
         if now >= invitation.expires:
             raise Refused("expired", "this invitation has expired; ask for a new one")
-        old, peer = read_roster(self.roster), invitation.peer
+        with alone_in(self.roster.parent):
+            member, roster = self.next_epoch(invitation.peer, request)
+            write_roster(self.roster, roster)
+        self.used.add(invitation)
+        return member, roster
+
+    def next_epoch(self, peer: int, request: Request) -> tuple[Member, Roster]:
+        """Returns the new member and the next epoch; raises Refused where the roster has no place for it."""
+        old = read_roster(self.roster)
         holder = old.of_peer(peer)
         if holder and not self.replacing:
             raise Refused("taken", f"peer {peer} is hosted by member {holder.id[:SHOWN]} by now; ask for another")
@@ -85,9 +96,17 @@ class Admissions:
             raise Refused("member", f"member {id[:SHOWN]} is in the federation already; join with a new identity")
         member = Member(id, request.key, request.certificate, request.vouch, (peer,), request.addresses)
         try:
-            roster = old.admitting(member).sealed_by(self.organiser)
+            return member, old.admitting(member).sealed_by(self.organiser)
         except ValueError as error:
             raise Refused("entry", str(error)) from None
-        write_roster(self.roster, roster)
-        self.used.add(invitation)
-        return member, roster
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process signs an epoch here: one organiser never signs two rosters of one epoch."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -182,5 +182,6 @@ def said_of(error: BaseException) -> str:
     """Returns an error of the network in few words."""
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or 'handshake failed').lower().replace('_', ' ')}"
-    known = {ConnectionAbortedError: "too late", TimeoutError: "too late", ConnectionResetError: "it hung up"}
-    return known.get(type(error)) or str(getattr(error, "strerror", None) or type(error).__name__)
+    if isinstance(error, (ConnectionAbortedError, TimeoutError)):
+        return "too late"
+    return str(getattr(error, "strerror", None) or type(error).__name__)

@@ -145,10 +145,11 @@ class Roster:
         return SIGNED + canonical(replace(self, signature=bytes(64)))
 
     def sealed_by(self, organiser: Ed25519PrivateKey) -> "Roster":
-        """Returns the roster with the organiser's signature; raises ValueError where it is not well made."""
-        mine = replace(self, organiser=public_of(organiser))
-        mine.check_members()
-        return replace(mine, signature=organiser.sign(mine.content))
+        """Returns the roster with its organiser's signature; raises ValueError where it is not well made."""
+        if public_of(organiser) != self.organiser:
+            raise ValueError(f"the key is not that of the organiser of federation {self.federation[:SHOWN]}")
+        self.check_members()
+        return replace(self, signature=organiser.sign(self.content))
 
     def supersedes(self, other: "Roster") -> bool:
         """Tells whether it is a later epoch of the same organiser's same run."""

@@ -165,7 +165,7 @@ def read_private(path: Path) -> bytes:
 
 
 def absent(path: Path) -> UserError:
-    return UserError(f"There is no {path}; give the place of the identity that found or join made.")
+    return UserError(f"There is no {path}; give the place of the keys that found or join made.")
 
 
 def write_new(path: Path, content: bytes, mode: int) -> None:

@@ -184,4 +184,6 @@ def said_of(error: BaseException) -> str:
         return f"TLS: {(error.reason or 'handshake failed').lower().replace('_', ' ')}"
     if isinstance(error, (ConnectionAbortedError, TimeoutError)):
         return "too late"
+    if isinstance(error, ConnectionRefusedError):
+        return "nobody listens there"
     return str(getattr(error, "strerror", None) or type(error).__name__)

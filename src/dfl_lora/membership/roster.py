@@ -148,8 +148,7 @@ class Roster:
         """Returns the roster with its organiser's signature; raises ValueError where it is not well made."""
         if public_of(organiser) != self.organiser:
             raise ValueError(f"the key is not that of the organiser of federation {self.federation[:SHOWN]}")
-        self.check_members()
-        return replace(self, signature=organiser.sign(self.content))
+        return Roster.from_json(replace(self, signature=organiser.sign(self.content)).to_json())
 
     def supersedes(self, other: "Roster") -> bool:
         """Tells whether it is a later epoch of the same organiser's same run."""
@@ -168,8 +167,8 @@ class Roster:
             roster = ROSTER.validate_json(content)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            place = "".join(f"{ascii(part)[:30]}: " for part in first["loc"][-2:])
-            raise ValueError(f"the roster is malformed: {place}{first['msg']}") from None
+            place = ".".join(ascii(part).strip("'")[:30] for part in first["loc"][-3:])
+            raise ValueError(f"the roster is malformed: {f'{place}: ' if place else ''}{first['msg']}") from None
         if roster.to_json() != content:
             raise ValueError("the roster is not in canonical JSON: keys in order, once each, no blanks")
         if not verify(roster.organiser, roster.signature, roster.content):

@@ -133,10 +133,6 @@ def test_an_announcement_that_was_refused_uses_up_no_sequence(gate: Gate) -> Non
     assert gate.announce(header) == header
 
 
-def test_before_a_process_has_begun_any_moment_may_be_announced() -> None:
-    assert Gate().announced_kind((-1, -1), round=700, exchange=3) is None
-
-
 @pytest.mark.parametrize(("kind", "change"), [("codec", "int8"), ("layout", "0" * 64), ("length", 10**11)])
 def test_an_announcement_that_came_ahead_is_judged_when_its_exchange_opens(kind: str, change: object) -> None:
     gate, before = Gate(), (ROUND, EXCHANGE - 1)

@@ -159,11 +159,9 @@ def untimely(header: Header, now: Moment) -> Refusal | None:
     """Returns why a frame can be of no use at this moment.
 
     An honest peer is at most one step ahead: it opens an exchange on an edge only after it had the other end's frame of
-    the one before. Before this process has begun, where all others are is not known.
+    the one before.
     """
     round, exchange = now
-    if round < 0:
-        return None
     why = f"a frame is of round {header.round}, exchange {header.exchange}, and here it is round {round}, {exchange}"
     if header.moment < now:
         return Refusal("stale", f"{why}: too late")

@@ -6,15 +6,13 @@ its other end is gone, further on, banned, or later than the deadline. `edges.py
 """
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal
 
-from dfl_lora.codecs.frames import Frame
 from dfl_lora.graphs import Graph
 from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.roster import Member, Roster
@@ -25,7 +23,6 @@ from dfl_lora.networks.edges import Applied, Edge, Ledger, Moment, Open
 from dfl_lora.networks.links import Link, Links, Observe
 from dfl_lora.networks.messages import (
     BEFORE,
-    CHUNK_BYTES,
     PROTOCOL,
     Announce,
     Chunk,
@@ -35,9 +32,9 @@ from dfl_lora.networks.messages import (
     Message,
     Pull,
     Settle,
-    encoded,
 )
-from dfl_lora.networks.sealed import Header, Opened, Refusal, open_sealed, seal
+from dfl_lora.networks.pulls import Outgoing, Pulls
+from dfl_lora.networks.sealed import Header, Refusal, seal
 from dfl_lora.networks.transport import Transport
 
 AT_LAST: Moment = (2**62, 0)
@@ -70,31 +67,6 @@ class Limits:
     norm_bound: float = 1000.0
 
 
-@dataclass
-class Heard:
-    """The last announcement of a peer, the link it came on, and what of its body is here."""
-
-    header: Header
-    sealed: bytes
-    link: Link
-    buffer: bytearray = field(default_factory=bytearray)
-    filled: int = 0
-    digest: Any = None
-
-    @property
-    def moment(self) -> Moment:
-        return self.header.round, self.header.exchange
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A frame of a hosted peer, ready to be pulled."""
-
-    frame: Frame
-    body: bytearray
-    sha256: str
-
-
 class Conversation:
     """Everything runs in one event loop; `exchange` is called by one caller at a time."""
 
@@ -119,13 +91,9 @@ class Conversation:
         self.transport, self.session = transport, secrets.token_hex(8)
         self.ledger, self.next = Ledger.of(applied), (first, 0)
         self.current: Open | None = None
-        self.sealed: dict[int, bytes] = {}
-        self.bodies: dict[int, bytearray] = {}
-        self.heard_of: dict[int, Heard] = {}
-        self.early: dict[int, tuple[Link, bytes]] = {}
+        self.pulls = Pulls(self.border, self.ledger)
         self.positions: dict[str, Moment] = {}
         self.closed: dict[Edge, int] = {}
-        self.sending: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.sequence = 0
         self.changed = asyncio.Event()
         self.tasks = set[asyncio.Task[None]]()
@@ -162,18 +130,15 @@ class Conversation:
         closed = {edge for edge in edges if self.closed.get(edge) == t}
         frames = {i: out.frame for i, out in outgoing.items()}
         self.current = exchange = Open(moment, frames, sequences, edges, closed)
-        self.bodies = {i: out.body for i, out in outgoing.items()}
-        self.sealed = {i: seal(self.header(i, exchange, out), self.identity.sign) for i, out in outgoing.items()}
+        sealed = {i: seal(self.header(i, exchange, out), self.identity.sign) for i, out in outgoing.items()}
+        self.pulls.begin(exchange, sealed, {i: out.body for i, out in outgoing.items()})
         if frames:
             longest = max(1.0, *(norm_of(frame) for frame in frames.values()))
             self.border.expect(moment, Expectation.of(next(iter(frames.values()))), self.limits.norm_bound * longest)
         self.next = moment
         for link in self.links.open.values():
             self.announce(link)
-        for link, sealed in [self.early.pop(j) for j in list(self.early)]:
-            self.take_announcement(link, sealed)
-        for j in list(self.heard_of):
-            self.pull(j)
+        self.pulls.look_back(self.next)
         waited = await self.until_decided(exchange, started)
         self.end(exchange)
         return Arrived(exchange.arrived(), self.ledger.collect(), waited)
@@ -182,9 +147,7 @@ class Conversation:
         """Waits until no edge is pending; returns the seconds until all were heard of or given up."""
         all_heard = None
         while pending := exchange.pending():
-            if all_heard is None and all(
-                j in self.heard_of and self.heard_of[j].moment >= exchange.moment for _, j in pending
-            ):
+            if all_heard is None and all(self.pulls.has_announced(j, exchange.moment) for _, j in pending):
                 all_heard = monotonic()
             for edge in pending:
                 if (why := self.hopeless(edge, exchange.moment, monotonic() - started)) is not None:
@@ -220,13 +183,7 @@ class Conversation:
         self.closed |= dict.fromkeys(exchange.out, t)
         self.ledger.take_in(exchange)
         self.current, self.next = None, (t, exchange.moment[1] + 1)
-        self.sealed, self.bodies = {}, {}
-        for task in self.sending.values():
-            task.cancel()
-        self.sending.clear()
-        for heard in self.heard_of.values():
-            if heard.moment <= exchange.moment:
-                heard.buffer, heard.filled, heard.digest = bytearray(), 0, None
+        self.pulls.end()
 
     async def finish(self) -> list[Undone]:
         """Tells what was taken in last, waits for the others to tell, and returns what is to be taken back."""
@@ -289,11 +246,7 @@ class Conversation:
 
     def announce(self, link: Link) -> None:
         """Tells a member what was taken in last, and what is there to be pulled for its peers."""
-        link.say(self.settle(link.member))
-        exchange = self.current
-        receivers = exchange.edges - exchange.out if exchange else frozenset[Edge]()
-        senders = {i for i, j in receivers if j in link.member.peers}
-        link.say(*(Announce(self.sealed[i]) for i in sorted(senders)))
+        link.say(self.settle(link.member), *self.pulls.announcements(link.member.peers))
 
     def settle(self, member: Member) -> Settle:
         edges = [(i, j) for i in sorted(self.hosted) for j in self.graph.neighbours(i) if j in member.peers]
@@ -342,13 +295,13 @@ class Conversation:
     def heard(self, link: Link, message: Message) -> None:
         """Does what a message asks for."""
         if isinstance(message, Announce):
-            self.take_announcement(link, message.sealed)
+            self.pulls.take_announcement(link, message.sealed, self.next)
             self.ban(link.member.id)
         elif isinstance(message, Chunk):
-            self.take_chunk(link, message)
+            self.pulls.take_chunk(link, message)
             self.ban(link.member.id)
         elif isinstance(message, Pull):
-            self.send(link, message)
+            self.pulls.send(link, message)
         elif isinstance(message, Have) and self.current is not None:
             self.current.acknowledge(message.sender, message.sequence, link.member.peers)
         elif isinstance(message, Settle):
@@ -358,85 +311,6 @@ class Conversation:
         elif isinstance(message, messages.Roster):
             self.take_roster(link, message.content)
         self.changed.set()
-
-    def take_announcement(self, link: Link, sealed: bytes) -> None:
-        """Notes what a peer announces, and pulls it where its exchange is open here."""
-        again = [
-            h for j in link.member.peers if (h := self.heard_of.get(j)) and h.sealed == sealed and h.link is not link
-        ]
-        if again:  # on a new link: what was pulled already stays
-            again[0].link = link
-            self.pull(again[0].header.sender)
-            return
-        verdict = self.border.announced(sealed, link.member.id, self.next)
-        if isinstance(verdict, Header):
-            self.heard_of[verdict.sender] = Heard(verdict, sealed, link)
-            self.pull(verdict.sender)
-        elif verdict.kind == "future" and isinstance(opened := open_sealed(sealed), Opened):
-            if opened.header.sender in link.member.peers:  # judged again when this end has caught up
-                self.early[opened.header.sender] = link, sealed
-
-    def pull(self, j: int) -> None:
-        """Asks for the frame of a peer, from where it broke off; or says that it is here."""
-        heard, exchange = self.heard_of[j], self.current
-        asked = Have(sender=j, sequence=heard.header.sequence)
-        wanted = (
-            exchange is not None and exchange.moment == heard.moment and j in {edge[1] for edge in exchange.pending()}
-        )
-        if exchange is not None and exchange.moment == heard.moment and j in exchange.got:
-            heard.link.say(asked)
-        elif wanted and isinstance(self.border.judge(heard.header), Header):
-            if heard.digest is None:
-                heard.buffer, heard.digest = bytearray(heard.header.length), hashlib.sha256()
-            heard.link.say(Pull(sender=j, sequence=heard.header.sequence, offset=heard.filled))
-        elif heard.moment in [self.ledger.taken.get((i, j)) for i in self.hosted]:
-            heard.link.say(asked)
-
-    def send(self, link: Link, asked: Pull) -> None:
-        """Begins to send the body of a hosted peer's frame to a member with neighbours of it."""
-        exchange, body = self.current, self.bodies.get(asked.sender)
-        if exchange is None or body is None or exchange.sequences[asked.sender] != asked.sequence:
-            return
-        if not any((asked.sender, j) in exchange.edges for j in link.member.peers):
-            return
-        key = link.member.id, asked.sender
-        if (earlier := self.sending.get(key)) is not None:
-            earlier.cancel()
-        self.sending[key] = asyncio.create_task(self.send_body(link, asked, memoryview(body)))
-
-    async def send_body(self, link: Link, asked: Pull, body: memoryview) -> None:
-        for offset in range(asked.offset, len(body), CHUNK_BYTES):
-            piece = body[offset : offset + CHUNK_BYTES]
-            await link.write(encoded(Chunk(asked.sender, asked.sequence, offset, piece)))
-
-    def take_chunk(self, link: Link, chunk: Chunk) -> None:
-        """Adds a piece to a body that was asked for; pieces that were not are let fall."""
-        heard = self.heard_of.get(chunk.sender)
-        if heard is None or heard.link is not link or heard.digest is None or self.current is None:
-            return
-        if heard.header.sequence != chunk.sequence or heard.filled != chunk.offset:
-            return
-        stop = heard.filled + len(chunk.data)
-        if stop > heard.header.length:
-            self.garbled(link, f"a body of {heard.header.length:,} bytes goes on to {stop:,}")
-            return
-        heard.buffer[heard.filled : stop] = chunk.data
-        heard.digest.update(chunk.data)
-        heard.filled = stop
-        if stop == heard.header.length:
-            self.take_body(heard)
-
-    def take_body(self, heard: Heard) -> None:
-        exchange, j = self.current, heard.header.sender
-        verdict = self.border.received(heard.header, heard.buffer, heard.digest.hexdigest())
-        heard.buffer, heard.filled, heard.digest = bytearray(), 0, None
-        if exchange is None:
-            return
-        if isinstance(verdict, Frame):
-            exchange.got[j] = verdict
-            heard.link.say(Have(sender=j, sequence=heard.header.sequence))
-        else:
-            exchange.out |= {edge for edge in exchange.edges if edge[1] == j}
 
     def compare(self, link: Link, theirs: Settle) -> None:
         """Compares what the two ends took in; what the other end took in of this exchange, it has."""

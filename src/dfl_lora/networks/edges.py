@@ -1,8 +1,8 @@
 """What the two ends of an edge agree on, as far as two ends can.
 
-In an exchange each end of an edge (i, j) sends its frame and says `have` when the other's has come. An edge is complete
-for i when j's frame and j's `have` are there: then j has i's frame, and i takes the flow w_ij (q_j - q_i) in. An edge that
-does not get so far is out for the rest of the round, and the other end is told.
+In an exchange each end of an edge (i, j) sends its frame and says `have` when the other's has come. An edge is
+complete for i when j's frame and j's `have` are there: then j has i's frame, and i takes the flow w_ij (q_j - q_i) in.
+An edge that does not get so far is out for the rest of the round, and the other end is told.
 
 Where the last `have` is lost, one end is complete and the other is not, and no protocol can do away with that. So each
 end keeps both frames of the last exchange that it took in (`Ledger`) until the other end has told, in `settle`, what it
@@ -76,6 +76,10 @@ class Ledger:
     def applied(self) -> list[tuple[int, int, int, int]]:
         return [(*edge, *moment) for edge, moment in sorted(self.taken.items())]
 
+    def taken_from(self, sender: int) -> set[Moment]:
+        """Returns the last exchanges in which hosted peers took something in from a neighbour."""
+        return {moment for (_, j), moment in self.taken.items() if j == sender}
+
     def take_in(self, exchange: Open) -> None:
         """Writes down the complete edges of an exchange that is over."""
         for edge in exchange.edges:
@@ -84,7 +88,7 @@ class Ledger:
                 self.frames[edge] = exchange.frames[edge[0]], exchange.got[edge[1]]
 
     def settle(self, edge: Edge, theirs: Moment, now: Moment) -> bool:
-        """Compares with what the other end took in last, all before `now` being final; returns whether a flow is undone."""
+        """Compares with what the other end took in last; what lies before `now` is final. Tells if a flow is undone."""
         own = self.taken.get(edge, BEFORE)
         if own >= now and own != theirs:
             return False  # the other end is still in that exchange: it may yet take it in

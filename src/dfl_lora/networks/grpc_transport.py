@@ -1,12 +1,13 @@
 """Streams over gRPC with mutual TLS 1.3: the certificates of the roster are the only roots, one server, one port.
 
-A stream is one bidirectional call `/dfl.Peer/Link` of plain bytes. The dialler trusts the certificate of the member that
-it dials and no other; the listener trusts those of the roster, and learns from gRPC whose it was. A certificate without
-keyCertSign cannot vouch for another one, so no member can pass for another (`membership.identity` refuses the rest).
+A stream is one bidirectional call `/dfl.Peer/Link` of plain bytes. The dialler trusts the certificate of the member
+that it dials and no other; the listener trusts those of the roster, and learns from gRPC whose it was. A certificate
+without keyCertSign cannot vouch for another one, so no member can pass for another (`membership.identity` refuses the
+rest).
 
 What gRPC for Python does not offer, and what stands in for it:
-- No lowest version of TLS can be set. Only suites of TLS 1.2 for RSA keys are offered, and the certificates are ECDSA, so
-  that TLS 1.2 finds no suite; the suites of TLS 1.3 are not subject to that setting.
+- No lowest version of TLS can be set. Only suites of TLS 1.2 for RSA keys are offered, and the certificates are ECDSA,
+  so that TLS 1.2 finds no suite; the suites of TLS 1.3 are not subject to that setting.
 - Handshakes that fail are told on standard error alone, at level INFO; `refused_handshakes.py` reads them there.
 - A peer that is frozen is noticed by the ping timeout of HTTP/2 (10 s after a ping that is sent after 10 s of silence);
   `grpc.keepalive_timeout_ms` waits 61 s. 1.5 s was too short on a link of 5 Mbit/s with a full buffer.

@@ -1,8 +1,8 @@
 """One link with each member that hosts a neighbour: dialled by one end, dialled again for ever, met with a hello.
 
-The end without addresses dials, else the one with the smaller id. Both ends say hello and compare what they agreed to in
-one order; the first difference is named on both sides and the link refused. A link that ends is redialled after a pause
-that doubles up to 5 s, with jitter, through all addresses of the member.
+The end without addresses dials, else the one with the smaller id. Both ends say hello and compare what they agreed to
+in one order; the first difference is named on both sides and the link refused. A link that ends is redialled after a
+pause that doubles up to 5 s, with jitter, through all addresses of the member.
 """
 
 import asyncio

@@ -16,8 +16,10 @@ def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no recipe.yaml.")
     source = run / "adapters" / name
+    if not source.is_dir():  # a federation of processes: each peer has a run directory of its own
+        source = run / name / "adapters" / name
     if not source.is_dir():
-        there = sorted(f.name for f in (run / "adapters").glob("[cp]*")) if (run / "adapters").is_dir() else []
+        there = sorted({f.name for place in ("adapters", "peer-*/adapters") for f in run.glob(f"{place}/[cp]*")})
         raise UserError(
             f"{run} has no adapter {name}; it has {', '.join(there) or 'none yet: the run is not finished'}."
         )

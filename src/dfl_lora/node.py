@@ -1,8 +1,8 @@
 """The node file: what one process of a federation knows for itself, and never leaves its machine.
 
-Which peers of the recipe it hosts, where its keys, its rows and its base model are, where it listens, how long it waits.
-Strict as the recipe; paths count from the folder of the file. What it says of data, model and compute takes the place of
-what the recipe says, and none of it is part of the recipe's digest.
+Which peers of the recipe it hosts, where its keys, its rows and its base model are, where it listens, how long it
+waits. Strict as the recipe; paths count from the folder of the file. What it says of data, model and compute takes the
+place of what the recipe says, and none of it is part of the recipe's digest.
 """
 
 import re
@@ -15,6 +15,8 @@ from dfl_lora.choices import PositiveFloat
 from dfl_lora.data.places import is_local
 from dfl_lora.errors import UserError
 from dfl_lora.membership.addresses import is_loopback, split_address
+from dfl_lora.membership.identity import SHOWN, Identity, load_identity
+from dfl_lora.membership.roster import Roster, read_roster
 from dfl_lora.reading import read_mapping, sentence
 from dfl_lora.recipe import Compute, Part, PathText, Recipe, is_path
 
@@ -121,9 +123,12 @@ class Node(Part):
         rows = {key: self.beside(value) for key, value in self.data if value is not None}
         model = {} if self.model is None else {"name_or_path": self.beside(self.model)}
         compute = self.compute.model_dump(exclude_unset=True)
-        parts = {"data": rows, "model": model, "compute": compute}
         return recipe.model_copy(
-            update={key: getattr(recipe, key).model_copy(update=new) for key, new in parts.items()}
+            update={
+                "data": recipe.data.model_copy(update=rows),
+                "model": recipe.model.model_copy(update=model),
+                "compute": recipe.compute.model_copy(update=compute),
+            }
         )
 
     def check_rows(self, recipe: Recipe) -> None:
@@ -145,6 +150,38 @@ class Node(Part):
                 f"data.per_peer of the node is '{own.per_peer}' for peers {self.peers}; "
                 "put {i} or {} where the peer's number stands."
             )
+
+
+def membership(node: Node, num_peers: int) -> tuple[Identity, Roster]:
+    """Returns the identity and the roster of a node; raises where they do not go together, or others can read a key."""
+    identity, roster = load_identity(node.identity_folder), read_roster(node.roster_path)
+    member = roster.member(identity.id)
+    if member is None:
+        raise UserError(
+            f"The identity in {node.identity_folder} is {identity.id[:SHOWN]}, which is no member of the roster in "
+            f"{node.roster_path}; join the federation first, or give the roster that names it."
+        )
+    if list(member.peers) != node.peers:
+        raise UserError(
+            f"The node file hosts peers {node.peers}, but by the roster this member hosts {list(member.peers)}; "
+            "write these into the node file, or join anew."
+        )
+    if roster.num_peers != num_peers:
+        raise UserError(
+            f"The roster is of {roster.num_peers} peers and the recipe of {num_peers}; take the recipe of this "
+            "federation, or found another one."
+        )
+    if node.listen is None and member.addresses:
+        raise UserError(
+            f"By the roster others reach this member at {', '.join(member.addresses)}, but listen is null; "
+            "say where to listen in the node file, such as 0.0.0.0:7000."
+        )
+    outside = [a for m in roster.members for a in m.addresses if not is_loopback(a)] if node.insecure else []
+    if outside:
+        raise UserError(
+            f"insecure without TLS is for this machine alone, but the roster names {outside[0]}; remove insecure."
+        )
+    return identity, roster
 
 
 def load_node(path: Path) -> Node:

@@ -41,8 +41,9 @@ SHORT = 8
 """Tokens of a row below which it is counted whether the special tokens leave room for any word."""
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raises one sentence where a cheap look tells that a recipe cannot run."""
+def preflight(recipe: Recipe, ids: Sequence[int] | None = None) -> None:
+    """Raises one sentence where a cheap look tells that a recipe cannot run, hosting the peers `ids` (None: all)."""
+    hosted = range(recipe.peers.num_peers) if ids is None else ids
     graph_of(recipe)
     check_participation(recipe)
     check_toy(recipe)
@@ -54,7 +55,7 @@ def preflight(recipe: Recipe) -> None:
         columns = text_columns(recipe)
         check_partition(recipe)
         check_model(recipe, len(columns.text))
-        check_rows(recipe, columns)
+        check_rows(recipe, columns, hosted)
 
 
 def check_resume(run: Path) -> None:
@@ -161,12 +162,12 @@ def check_targets(modules: folder.Modules, recipe: Recipe) -> None:
     modules.check_rank(lora.target_modules, lora.r, orthonormal=lora.init == "orthonormal")
 
 
-def check_rows(recipe: Recipe, columns: Columns) -> None:
+def check_rows(recipe: Recipe, columns: Columns, hosted: Sequence[int]) -> None:
     """Looks at the rows of training and of validation: where they are, columns, labels, and how many."""
     data, num_peers = recipe.data, recipe.peers.num_peers
     if data.per_peer is not None:
-        check_each("data.per_peer", data.per_peer, num_peers)
-        paths = [peer_path(data.per_peer, i) for i in range(min(num_peers, LOOKED_AT))]
+        check_each("data.per_peer", data.per_peer, hosted)
+        paths = [peer_path(data.per_peer, i) for i in hosted[:LOOKED_AT]]
     else:
         paths = [str(data.path)]
     tables = {path: glance(path, data.config, data.train) for path in paths}
@@ -179,7 +180,7 @@ def check_rows(recipe: Recipe, columns: Columns) -> None:
     if data.per_peer is None and (shared := tables[paths[0]]) is not None:
         check_shares(recipe, shared, known[0][1] if known else None)
     check_held_out(recipe)
-    check_validation(recipe, columns, names)
+    check_validation(recipe, columns, names, hosted)
 
 
 def check_shares(recipe: Recipe, table: Glance, ids: partition.Rows | None) -> None:
@@ -223,31 +224,31 @@ def check_held_out(recipe: Recipe) -> None:
         )
 
 
-def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | None) -> None:
+def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | None, hosted: Sequence[int]) -> None:
     """Looks at the rows on which peers are evaluated; `names` are the labels of the rows of training."""
-    data, num_peers = recipe.data, recipe.peers.num_peers
+    data = recipe.data
     if not is_path(data.validation):
         if is_alone(Path(str(data.path)).expanduser()):
             check_alone(str(data.path), data.validation)
         held_out = {str(data.path): glance(str(data.path), data.config, data.validation)}
     else:
-        check_each("data.validation", data.validation, num_peers)
-        paths = [peer_path(data.validation, i) for i in range(min(num_peers, LOOKED_AT))]
+        check_each("data.validation", data.validation, hosted)
+        paths = [peer_path(data.validation, i) for i in hosted[:LOOKED_AT]]
         held_out = {path: glance(path, None, "validation") for path in dict.fromkeys(paths)}
     for path, table in held_out.items():
         if table is not None:
             look(table, columns, path, names)
 
 
-def check_each(key: str, template: str, num_peers: int) -> None:
+def check_each(key: str, template: str, hosted: Sequence[int]) -> None:
     """Raises with the first peer whose own rows are not there, where those of a peer are in this place at all."""
-    paths = [peer_path(template, i) for i in range(num_peers)]
+    paths = [peer_path(template, i) for i in hosted]
     there = [Path(path).expanduser().exists() for path in paths]
     if len(set(paths)) > 1 and not all(there) and (any(there) or is_local(template)):
-        i = there.index(False)
+        k = there.index(False)
         raise UserError(
-            f"{key}: there is no '{paths[i]}', the rows of peer {i} ({i + 1} in the template); "
-            f"put them there, or change the template or peers.num_peers ({num_peers})."
+            f"{key}: there is no '{paths[k]}', the rows of peer {hosted[k]} ({hosted[k] + 1} in the template); "
+            f"put them there, or change the template or the number of peers ({len(hosted)} here)."
         )
 
 

@@ -45,11 +45,6 @@ def hosted_in(federation: Federation) -> Line:
     return {} if hosts_all(federation) else {"hosted": list(federation.peers.ids)}
 
 
-def named(peers: Sequence[int]) -> str:
-    """Returns such as "peer 3" or "peers 0, 2"."""
-    return f"peer{'' if len(peers) == 1 else 's'} {', '.join(map(str, peers))}"
-
-
 def line_of(record: Record, metric: str, seconds: Mapping[str, float]) -> Line:
     """Returns the line of rounds.jsonl of a round, with the recipe's metric beside accuracy and loss."""
     losses = {i: p.loss for i, p in record.progress.items()}

@@ -16,9 +16,11 @@ Line = dict[str, Any]
 RECIPE = "recipe.yaml"
 LEFT = (
     "checkpoint/latest.json", "checkpoint", "adapters", "rounds.jsonl", "summary.json", "partition.json",
-    "report.html", "log.txt", RECIPE,
+    "report.html", "log.txt", "status.json", "events.jsonl", "events.jsonl.1", RECIPE,
 )  # fmt: skip
 """In the order of removal: first what makes a checkpoint one, last what makes the folder a run."""
+NODE = "node"
+"""A folder that may lie in a run directory before there is a run: its keys, its roster, its node file."""
 
 
 def prepare(run: Path, resume: bool, overwrite: bool) -> None:
@@ -29,7 +31,7 @@ def prepare(run: Path, resume: bool, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise UserError(f"{place} is a file; give a folder with --out.")
     if not (run / RECIPE).exists():
-        if run.exists() and not all(map(is_partial, run.iterdir())):
+        if run.exists() and not all(p.name == NODE or is_partial(p) for p in run.iterdir()):
             raise UserError(f"{run} holds files that are no run; give another folder with --out, or empty it.")
         return
     if not (resume or overwrite):
@@ -54,6 +56,15 @@ def held(run: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(run: Path) -> bool:
+    """Tells whether a process is writing to a run directory now."""
+    try:
+        with held(run):
+            return False
+    except UserError:
+        return True
+
+
 def check_log(path: Path) -> None:
     """Raises where a log cannot be a file of that name."""
     folder = next(f for f in path.absolute().parents if f.exists())
@@ -68,6 +79,8 @@ def clear(run: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
     for name in LEFT:
         remove(run / name)
+    for peer in run.glob("peer-[0-9]*"):
+        remove(peer)
 
 
 def read_lines(run: Path, done: int) -> list[Line]:

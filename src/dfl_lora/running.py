@@ -23,10 +23,11 @@ from dfl_lora.networks import Network
 from dfl_lora.peers import Peers
 from dfl_lora.reading import load_recipe
 from dfl_lora.recipe import Recipe
-from dfl_lora.records import consensus_of, hosted_in, hosts_all, line_of, named, partition_text, summary_of
+from dfl_lora.records import consensus_of, hosted_in, hosts_all, line_of, partition_text, summary_of
 from dfl_lora.report.page import write_report
 from dfl_lora.rounds import Record, mix, rounds
 from dfl_lora.run_directory import RECIPE, Line, clear, read_lines
+from dfl_lora.watching import whose
 
 MANY_PEERS = 64
 
@@ -131,11 +132,13 @@ class Running:
 
     def begin(self, network: Network) -> None:
         """Tells the observers; a run that begins by the seed's order gossips once before its first round."""
-        f = self.federation
-        if not self.lines and f.recipe.train.order == "seed":
+        if not self.lines and self.federation.recipe.train.order == "seed":
             self.start = self.seed_start(network)
+        self.announce()
+
+    def announce(self) -> None:
         for observer in self.observers:
-            observer.started(f, self.lines, self.start)
+            observer.started(self.federation, self.lines, self.start)
 
     def seed_start(self, network: Network) -> Start:
         """Evaluates all peers, gossips once and measures, before round 1."""
@@ -206,8 +209,8 @@ class Running:
     def check_finite(self) -> None:
         peers = self.federation.peers
         if not torch.isfinite(peers.x).all(1).any():
-            whose = "every peer's adapter" if hosts_all(self.federation) else f"the adapter of {named(peers.ids)}"
-            raise RuntimeError(f"{whose} became non-finite; lower train.learning_rate or set train.max_grad_norm.")
+            subject = "every peer's adapter" if hosts_all(self.federation) else f"the adapter of {whose(peers.ids)}"
+            raise RuntimeError(f"{subject} became non-finite; lower train.learning_rate or set train.max_grad_norm.")
 
     def summary(self) -> Line:
         """Returns the end of the run, from its lines and one evaluation of the consensus."""

@@ -17,11 +17,12 @@ from rich.table import Table
 from dfl_lora.build import Federation
 from dfl_lora.files import append, write_atomically
 from dfl_lora.metrics import ends_of, key_of
-from dfl_lora.records import hosts_all, named
+from dfl_lora.records import hosts_all
 from dfl_lora.report.page import size
 from dfl_lora.rounds import Record
 from dfl_lora.run_directory import Line
 from dfl_lora.running import Start
+from dfl_lora.watching import whose
 
 WIDTH = 120
 
@@ -56,7 +57,7 @@ class Screen:
 
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
         recipe, graph = federation.recipe, federation.graph
-        here = "" if hosts_all(federation) else f", {named(federation.peers.ids)} in this process"
+        here = "" if hosts_all(federation) else f", {whose(federation.peers.ids)} in this process"
         self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
         write_atomically(self.run / "log.txt", b"")
         self.keys = keys_of(str(recipe.evaluate.metric))
@@ -72,11 +73,15 @@ class Screen:
             self.say(f"going on after round {len(lines)}", always=True)
 
     def finished_round(self, record: Record, line: Line) -> None:
-        self.tell(line)
+        self.tell(line, record.round)
 
-    def tell(self, line: Line) -> None:
-        """Says a round that is over."""
-        self.say(told(line, self.keys))
+    def happened(self, sentence: str) -> None:
+        """Shows what happened on the network; it is kept in events.jsonl."""
+        self.console.print(sentence, markup=False)
+
+    def tell(self, line: Line, furthest: int) -> None:
+        """Says a round that all peers have finished, of whom the fastest is at the end of round `furthest`."""
+        self.say(told(line, self.keys) + (f"  (fastest peer: {furthest})" if furthest > line["round"] else ""))
         self.progress.update(self.task, completed=line["round"])
 
     def ended(self, summary: Mapping[str, Any], run: Path) -> None:

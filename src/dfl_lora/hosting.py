@@ -1,0 +1,125 @@
+"""One process of a federation: its peers of the recipe, on a network of real peers, with a run directory of its own.
+
+The loop is that of a simulation. Before it the neighbours are waited for; after it what the other end of an edge did
+not take in is taken back, and the adapters of the hosted peers are written: nobody here has a consensus to write.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dfl_lora.build import Federation
+from dfl_lora.errors import UserError
+from dfl_lora.membership.identity import Identity
+from dfl_lora.membership.roster import Roster, read_roster, write_roster
+from dfl_lora.networks.conversation import Contract, Limits
+from dfl_lora.networks.real import PeerNetwork
+from dfl_lora.node import Node
+from dfl_lora.preflight import TOY
+from dfl_lora.recipe import Recipe
+from dfl_lora.rounds import Record, take_back
+from dfl_lora.run_directory import Line, held, prepare
+from dfl_lora.running import Observer, Running, Start, build_for, open_run
+from dfl_lora.watching import Watch
+
+INSECURE = "insecure: nothing is encrypted and nobody is who they say; for tests on one machine alone"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Tells a watch of each round that is over."""
+
+    watch: Watch
+
+    def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
+        self.watch.turn("running", len(lines))
+
+    def finished_round(self, record: Record, line: Line) -> None:
+        self.watch.turn("running", record.round)
+
+    def ended(self, summary: Mapping[str, Any], run: Path) -> None: ...
+
+
+def host(
+    recipe: Recipe,
+    node: Node,
+    identity: Identity,
+    roster: Roster,
+    run: Path,
+    observers: Sequence[Observer],
+    tell: Callable[[str], None],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Line:
+    """Runs a node's peers of a recipe to the end in directory `run` and returns the summary; `tell` shows events."""
+    prepare(run, resume, overwrite)
+    federation = build_for(node.over(recipe), run, node.peers, resume=resume)
+    if roster.recipe not in ("", federation.digest):
+        raise UserError(
+            f"The federation was founded on the recipe with digest {roster.recipe[:12]}, and here it is "
+            f"{federation.digest[:12]}; take the recipe and the base model of the federation."
+        )
+    # where this machine's rows are stays in the node file: the recipe that is written down is everybody's
+    shared = federation.recipe.model_copy(update={"data": recipe.data})
+    federation = replace(federation, recipe=shared)
+    run.mkdir(parents=True, exist_ok=True)
+    with held(run):
+        prepare(run, resume, overwrite)
+        contract = contract_of(federation)
+        running = open_run(federation, run, observers, resume=resume)
+        about = {
+            "name": shared.name, "recipe_digest": federation.digest, "rounds": shared.train.rounds,
+            "member": identity.id, "peers": node.peers, "listen": node.listen, "insecure": node.insecure,
+        }  # fmt: skip
+        with Watch(run, about, tell) as watch:
+            running.observers = (*observers, Rounds(watch))
+            if node.insecure:
+                watch.happened({"event": "warning", "member": None, "peers": [], "why": INSECURE})
+            take_part(running, node, identity, roster, contract, watch)
+            return running.end()
+
+
+def take_part(
+    running: Running, node: Node, identity: Identity, roster: Roster, contract: Contract, watch: Watch
+) -> None:
+    """Runs the rounds that are left with the neighbours, and settles with them what the last one left open."""
+    applied = [tuple(edge) for edge in running.kept.get("applied", ())]
+    if running.done and not applied:
+        return running.announce()
+    f = running.federation
+    limits = Limits(node.deadline_s, node.grace_s, node.assemble_s, node.norm_bound)
+    network = PeerNetwork(
+        identity, roster, node.peers, f.graph, contract, limits,
+        listen=node.listen, insecure=node.insecure, observe=watch.happened,
+        keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=len(running.lines) + 1,
+    )  # fmt: skip
+    with network, watch.of(network.snapshot):
+        watch.turn("assembling", len(running.lines))
+        network.assemble()
+        running.begin(network)
+        running.go(network, lambda: {"applied": network.applied()})
+        watch.turn("settling", len(running.lines))
+        take_back(f.peers, network.finish(), f.method)
+        running.save({"applied": network.applied()})
+    return None
+
+
+def contract_of(federation: Federation) -> Contract:
+    """Returns what all members must agree on: before a checkpoint is loaded all peers stand at the start."""
+    base = federation.export.files.weights if federation.export else TOY
+    return Contract(federation.digest, base, digest_of(federation.peers.common.flat), digest_of(federation.peers.x[0]))
+
+
+def digest_of(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def keep(path: Path, newer: Roster) -> None:
+    """Writes down a roster that came from a neighbour, unless the file has a later one by now."""
+    if newer.supersedes(read_roster(path)):
+        write_roster(path, newer)

@@ -5,6 +5,7 @@ waits. Strict as the recipe; paths count from the folder of the file. What it sa
 place of what the recipe says, and none of it is part of the recipe's digest.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Self
@@ -104,7 +105,7 @@ class Node(Part):
 
     def place(self, path: str) -> Path:
         """Returns an absolute path; a relative one counts from the folder of the node file."""
-        return (self._folder / Path(path).expanduser()).absolute()
+        return Path(os.path.normpath(self._folder / Path(path).expanduser()))
 
     def beside(self, path: str) -> str:
         """Returns an absolute path, or the text as it stands where it is a name (of the hub, builtin/sentences)."""

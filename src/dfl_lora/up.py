@@ -193,7 +193,7 @@ def found(federation: Federation, run: Path) -> None:
     for member in members:
         folder = folder_of(run, member.peers[0]) / NODE
         write_roster(folder / "roster.json", roster)
-        node = {"peers": list(member.peers), "listen": member.addresses[0], "compute": compute}
+        node = {"peers": list(member.peers), "listen": member.addresses[0], "compute": compute, "output": ".."}
         write_atomically(folder / "node.yaml", yaml.safe_dump(node, sort_keys=False).encode())
 
 

@@ -14,6 +14,8 @@ from dfl_lora.errors import UserError
 if TYPE_CHECKING:
     from dfl_lora.membership.roster import Member, Roster
 
+LONGEST_H = 8760
+"""Hours of a year: the inviter's certificate holds no longer."""
 To = Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder for keys, roster, recipe and node file.")]
 Addresses = Annotated[
     list[str] | None,
@@ -80,7 +82,7 @@ def invite(
         list[int] | None, typer.Option("--peer", min=0, help="A peer to give away; default: the lowest free one.")
     ] = None,
     count: Annotated[int | None, typer.Option("--count", min=1, help="How many of the lowest free peers.")] = None,
-    hours: Annotated[float, typer.Option("--hours", min=0.0, max=8760.0, help="How long an invitation holds.")] = 24.0,
+    hours: Annotated[float, typer.Option("--hours", help="How long an invitation holds.")] = 24.0,
     address: Annotated[
         str | None, typer.Option("--address", metavar="HOST:PORT", help="Where those invited reach this command.")
     ] = None,
@@ -106,6 +108,8 @@ def invite(
     from dfl_lora.membership.roster import read_roster
     from dfl_lora.node import load_node
 
+    if not 0 < hours <= LONGEST_H:
+        raise UserError(f"--hours is {hours:g}; give more than 0 and at most {LONGEST_H}.")
     own = load_node(node)
     identity, roster = load_identity(own.identity_folder), read_roster(own.roster_path)
     key_file = organiser or node.parent / founding.ORGANISER

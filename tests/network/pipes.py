@@ -1,4 +1,4 @@
-"""Links in memory, for tests of what is said on them: everything in one event loop, every message may be lost or held."""
+"""Links in memory, for tests of what is said on them: in one event loop, and every message may be lost or held up."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,7 +30,7 @@ class Wires:
     def cut(self, *ids: str) -> None:
         """Ends every stream between these members."""
         for pipe in self.pipes:
-            if {pipe.own, pipe.other} <= set(ids) or len(ids) == 1 and ids[0] in (pipe.own, pipe.other):
+            if {pipe.own, pipe.other} <= set(ids) or (len(ids) == 1 and ids[0] in (pipe.own, pipe.other)):
                 pipe.hang_up()
 
 

@@ -66,6 +66,8 @@ class Ledger:
 
     taken: dict[Edge, Moment] = field(default_factory=dict)
     frames: dict[Edge, tuple[Frame, Frame]] = field(default_factory=dict)
+    told: dict[Edge, Moment] = field(default_factory=dict)
+    """What the other end said last that it took in."""
     undone: list[Undone] = field(default_factory=list)
     """What is to be taken back, until the loop asks for it."""
 
@@ -85,11 +87,14 @@ class Ledger:
         for edge in exchange.edges:
             if exchange.complete(edge):
                 self.taken[edge] = exchange.moment
+                if self.told.get(edge) == exchange.moment:
+                    continue  # the other end was quicker, and has told already
                 self.frames[edge] = exchange.frames[edge[0]], exchange.got[edge[1]]
 
     def settle(self, edge: Edge, theirs: Moment, now: Moment) -> bool:
         """Compares with what the other end took in last; what lies before `now` is final. Tells if a flow is undone."""
         own = self.taken.get(edge, BEFORE)
+        self.told[edge] = theirs
         if own >= now and own != theirs:
             return False  # the other end is still in that exchange: it may yet take it in
         kept = self.frames.pop(edge, None)

@@ -21,6 +21,8 @@ from dfl_lora.networks.transport import Stream, Transport, Unreachable
 
 HELLO_S = 10.0
 """Within which a hello must have come; also of a dial."""
+BYE_S = 1.0
+"""For a last word to arrive."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.3, 5.0, 30.0
 MOST_UNREAD = 10_000
 """Short messages that wait for an end that does not read."""
@@ -242,7 +244,7 @@ class Links:
         """Says why, here and there."""
         self.refused(member, why, stream.address)
         with suppress(TimeoutError):
-            await asyncio.wait_for(stream.write(encoded(Refused(why=why[:1000]))), 1)
+            await asyncio.wait_for(stream.write(encoded(Refused(why=why[:1000]))), BYE_S)
 
     def refused(self, member: Member | None, why: str, address: str = "") -> None:
         if member is not None and member.id in self.standing and member.id not in self.open:
@@ -268,6 +270,8 @@ class Links:
             while (content := await link.stream.read()) is not None and self.open.get(id) is link:
                 link.received += len(content)
                 self.take(link, content)
+                if standing.state == "gone":
+                    break
         finally:
             writer.cancel()
 
@@ -299,7 +303,7 @@ class Links:
         self.standing.setdefault(id, Standing()).turn(state, why)
         if (link := self.open.get(id)) is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(link.write(encoded(Refused(why=why[:1000]))), 1)
+                await asyncio.wait_for(link.write(encoded(Refused(why=why[:1000]))), BYE_S)
             await link.stream.close()
 
     async def close(self, why: Literal["finished", "stopped"]) -> None:
@@ -307,9 +311,14 @@ class Links:
         self.closing = True
         for link in list(self.open.values()):
             with suppress(TimeoutError):
-                await asyncio.wait_for(link.write(encoded(Bye(why=why))), 1)
+                await asyncio.wait_for(link.write(encoded(Bye(why=why))), BYE_S)
+        end = monotonic() + BYE_S
+        while self.open and monotonic() < end:  # the other end hangs up when it has heard it
+            await asyncio.sleep(0.01)
         for task in self.dialling.values():
             task.cancel()
+        for link in list(self.open.values()):
+            await link.stream.close()
         await asyncio.gather(*self.dialling.values(), return_exceptions=True)
         await self.transport.close()
 

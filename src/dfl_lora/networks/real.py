@@ -91,10 +91,10 @@ class PeerNetwork(AbstractContextManager["PeerNetwork"]):
         """Delivers between hosted peers directly, to others and from others over the links."""
         ready = {i: ready_to_go(frame) for i, frame in outgoing.items()}
         arrived = self.call(self.conversation.exchange((round, k), graph, ready))
-        frames: dict[int, dict[int, Frame | None]] = {
-            i: {j: outgoing[j] for j in graph.neighbours(i) if j in outgoing} | dict(arrived.frames[i])
-            for i in outgoing
-        }
+        frames = dict[int, dict[int, Frame | None]]()
+        for i in outgoing:
+            frames[i] = {j: outgoing[j] for j in graph.neighbours(i) if j in outgoing}
+            frames[i].update(arrived.frames[i])
         return Arrived(frames, arrived.undone, arrived.waited_s)
 
     def finish(self) -> Sequence[Undone]:

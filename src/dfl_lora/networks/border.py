@@ -52,8 +52,9 @@ class Latest:
 class Border:
     """Judges what members of a roster send; `report` hears the first refusal of each kind and member."""
 
-    def __init__(self, roster: Roster, recipe: str, report: Report) -> None:
+    def __init__(self, roster: Roster, recipe: str, report: Report, most_strikes: int = STRIKES) -> None:
         self.roster = roster
+        self.most_strikes = most_strikes
         self.recipe = recipe
         self.report = report
         self.expected: Expected | None = None
@@ -152,7 +153,7 @@ class Border:
 
     def banned(self, member: str) -> bool:
         """Tells whether a member is not listened to any more in this run."""
-        return self.strikes(member) >= STRIKES
+        return self.strikes(member) >= self.most_strikes
 
 
 def untimely(header: Header, now: Moment) -> Refusal | None:

@@ -28,8 +28,11 @@ PLACE = Struct(">IQQ")
 
 Number = Annotated[int, Field(ge=-1, lt=2**63)]
 Index = Annotated[int, Field(ge=0, lt=2**31)]
-Short = Annotated[str, Field(max_length=200)]
-Digest = Annotated[str, Field(max_length=64)]
+Offset = Annotated[int, Field(ge=0, lt=2**63)]
+Short = Annotated[str, Field(max_length=200, pattern="^[0-9a-z]*$")]
+Digest = Annotated[str, Field(max_length=64, pattern="^[0-9a-z]*$")]
+Sentence = Annotated[str, Field(max_length=1000, pattern="^[ -~]*$")]
+"""No more than a terminal can be shown: what a stranger says is told to people."""
 Moment = tuple[Number, Number]
 """(round, exchange); (-1, -1) is before everything."""
 Edge = tuple[Index, Index]
@@ -71,7 +74,7 @@ class Settle(Said):
 class Pull(Said):
     sender: Index
     sequence: Number
-    offset: Number
+    offset: Offset
 
 
 class Have(Said):
@@ -85,7 +88,7 @@ class Close(Said):
 
 
 class Refused(Said):
-    why: Annotated[str, Field(max_length=1000)]
+    why: Sentence
 
 
 class Bye(Said):

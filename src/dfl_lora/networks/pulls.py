@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfl_lora.codecs.frames import Frame
-from dfl_lora.networks.border import Border
+from dfl_lora.networks.border import NO_STRIKE, Border
 from dfl_lora.networks.edges import Edge, Ledger, Moment, Open
 from dfl_lora.networks.links import Link
 from dfl_lora.networks.messages import CHUNK_BYTES, Announce, Chunk, Have, Pull, encoded
-from dfl_lora.networks.sealed import Header, Opened, open_sealed
+from dfl_lora.networks.sealed import Header, Opened, Refusal, open_sealed
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Pulls:
         self.bodies: Mapping[int, bytearray] = {}
         self.heard_of: dict[int, Heard] = {}
         self.early: dict[int, tuple[Link, bytes]] = {}
+        self.asked: dict[tuple[str, int], tuple[Link, Pull]] = {}
         self.sending: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     def begin(self, exchange: Open, sealed: Mapping[int, bytes], bodies: Mapping[int, bytearray]) -> None:
@@ -75,9 +76,7 @@ class Pulls:
         """Closes the exchange, and lets go of what is still on its way."""
         moment = self.exchange.moment if self.exchange else None
         self.exchange, self.sealed, self.bodies = None, {}, {}
-        for task in self.sending.values():
-            task.cancel()
-        self.sending.clear()
+        self.asked.clear()
         for heard in self.heard_of.values():
             if moment is not None and heard.moment <= moment:
                 heard.let_go()
@@ -109,39 +108,50 @@ class Pulls:
             opened = open_sealed(sealed)
             if isinstance(opened, Opened) and opened.header.sender in link.member.peers:
                 self.early[opened.header.sender] = link, sealed
+        elif verdict.kind not in NO_STRIKE and self.exchange is not None:  # no use to wait for the deadline
+            self.exchange.give_up(link.member.peers)
 
     def pull(self, j: int) -> None:
         """Asks for the frame of a peer, from where it broke off; or says that it is here."""
         heard, exchange = self.heard_of[j], self.exchange
-        asked = Have(sender=j, sequence=heard.header.sequence)
-        wanted = (
-            exchange is not None and exchange.moment == heard.moment and j in {edge[1] for edge in exchange.pending()}
-        )
-        if exchange is not None and exchange.moment == heard.moment and j in exchange.got:
-            heard.link.say(asked)
-        elif wanted and isinstance(self.border.judge(heard.header), Header):
+        here = Have(sender=j, sequence=heard.header.sequence)
+        if exchange is None or exchange.moment != heard.moment:
+            if heard.moment in self.ledger.taken_from(j):
+                heard.link.say(here)
+        elif j in exchange.got:
+            heard.link.say(here)
+        elif isinstance(self.border.judge(heard.header), Refusal):
+            exchange.give_up([j])
+        elif j in {edge[1] for edge in exchange.pending()}:
             if heard.digest is None:
                 heard.buffer, heard.digest = bytearray(heard.header.length), hashlib.sha256()
             heard.link.say(Pull(sender=j, sequence=heard.header.sequence, offset=heard.filled))
-        elif heard.moment in self.ledger.taken_from(j):
-            heard.link.say(asked)
 
     def send(self, link: Link, asked: Pull) -> None:
-        """Begins to send the body of a hosted peer's frame to a member with neighbours of it."""
-        exchange, body = self.exchange, self.bodies.get(asked.sender)
-        if exchange is None or body is None or exchange.sequences[asked.sender] != asked.sequence:
+        """Sends the body of a hosted peer's frame to a member with neighbours of it: what it asked for last."""
+        exchange = self.exchange
+        if exchange is None or exchange.sequences.get(asked.sender) != asked.sequence:
             return
         if not any((asked.sender, j) in exchange.edges for j in link.member.peers):
             return
         key = link.member.id, asked.sender
-        if (earlier := self.sending.get(key)) is not None:
-            earlier.cancel()
-        self.sending[key] = asyncio.create_task(self.send_body(link, asked, memoryview(body)))
+        self.asked[key] = link, asked
+        if key not in self.sending:
+            self.sending[key] = asyncio.create_task(self.send_bodies(key))
 
-    async def send_body(self, link: Link, asked: Pull, body: memoryview) -> None:
-        for offset in range(asked.offset, len(body), CHUNK_BYTES):
-            piece = body[offset : offset + CHUNK_BYTES]
-            await link.write(encoded(Chunk(asked.sender, asked.sequence, offset, piece)))
+    async def send_bodies(self, key: tuple[str, int]) -> None:
+        """Sends until nothing more is asked for. It is never cancelled: gRPC ends a call whose write is cancelled."""
+        try:
+            while (wanted := self.asked.pop(key, None)) is not None:
+                link, asked = wanted
+                exchange, body = self.exchange, memoryview(self.bodies[asked.sender])
+                for offset in range(asked.offset, len(body), CHUNK_BYTES):
+                    piece = body[offset : offset + CHUNK_BYTES]
+                    await link.write(encoded(Chunk(asked.sender, asked.sequence, offset, piece)))
+                    if self.exchange is not exchange or key in self.asked:
+                        break
+        finally:
+            del self.sending[key]
 
     def take_chunk(self, link: Link, chunk: Chunk) -> None:
         """Adds a piece to a body that was asked for; pieces that were not are let fall."""
@@ -150,9 +160,11 @@ class Pulls:
             return
         if heard.header.sequence != chunk.sequence or heard.filled != chunk.offset:
             return
-        stop = heard.filled + len(chunk.data)
-        if stop > heard.header.length:
-            self.border.strike(link.member.id, "size", f"a body of {heard.header.length:,} bytes goes on to {stop:,}")
+        stop, right = heard.filled + len(chunk.data), min(heard.filled + CHUNK_BYTES, heard.header.length)
+        if stop != right:  # a body that came in drops would never end, and one that goes on has no room
+            why = f"a piece of a body of {heard.header.length:,} bytes ends at {stop:,}, not at {right:,}"
+            self.border.strike(link.member.id, "truncated" if stop < right else "size", why)
+            self.give_up(heard)
             return
         heard.buffer[heard.filled : stop] = chunk.data
         heard.digest.update(chunk.data)
@@ -163,11 +175,14 @@ class Pulls:
     def take_body(self, heard: Heard) -> None:
         exchange, j = self.exchange, heard.header.sender
         verdict = self.border.received(heard.header, heard.buffer, heard.digest.hexdigest())
+        if exchange is None or not isinstance(verdict, Frame):
+            return self.give_up(heard)
         heard.let_go()
-        if exchange is None:
-            return
-        if isinstance(verdict, Frame):
-            exchange.got[j] = verdict
-            heard.link.say(Have(sender=j, sequence=heard.header.sequence))
-        else:
-            exchange.out |= {edge for edge in exchange.edges if edge[1] == j}
+        exchange.got[j] = verdict
+        return heard.link.say(Have(sender=j, sequence=heard.header.sequence))
+
+    def give_up(self, heard: Heard) -> None:
+        """Lets a body go that is no good, and the edges that it was for."""
+        heard.let_go()
+        if self.exchange is not None:
+            self.exchange.out |= {edge for edge in self.exchange.edges if edge[1] == heard.header.sender}

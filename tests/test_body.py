@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from dfl_lora.codecs.fp32 import Fp32
-from dfl_lora.codecs.frames import Frame
-from dfl_lora.networks.body import DTYPES, PIECE, Expectation, body_of, frame_from, is_finite, norm_of
+from dfl_lora.codecs.frames import DTYPES, Frame
+from dfl_lora.networks.body import PIECE, Expectation, body_of, frame_from, is_finite, norm_of
 from dfl_lora.tensors import Layout, Tensors
 
 FRAME = Fp32().encode(Tensors(torch.arange(7.0) - 3, Layout.of({"q.B": ("B", (7,))})), {})

@@ -95,7 +95,7 @@ def test_fp32_copies_nothing_in_memory() -> None:
 def test_fp32_decodes_nothing_else(frame: Frame) -> None:
     assert Fp32().decode(frame, MESSAGE) is None
 
-
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.int16]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool]
 tensors = st.builds(
     lambda shape, dtype: torch.zeros(shape, dtype=dtype),

@@ -46,6 +46,10 @@ class Open:
         """Returns the edges of which nothing is known yet."""
         return [edge for edge in self.edges - self.out if not self.complete(edge)]
 
+    def give_up(self, senders: Iterable[int]) -> None:
+        """Leaves out the edges to peers of which nothing good has come."""
+        self.out |= {edge for edge in self.edges if edge[1] in set(senders) - self.got.keys()}
+
     def acknowledge(self, sender: int, sequence: int, receivers: Iterable[int]) -> None:
         """Notes that another member, which hosts `receivers`, has the frame of a hosted peer."""
         if self.sequences.get(sender) == sequence:

@@ -149,5 +149,5 @@ def decoded(content: bytes) -> Message:
         return SAID[kind].model_validate_json(bytes(rest))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))[:80]
+        place = ascii(".".join(map(str, first["loc"]))[:80])[1:-1]  # a key may be anything
         raise ValueError(f"{SAID[kind].__name__.lower()} {place}: {first['msg'][:120]}") from None

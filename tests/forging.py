@@ -26,15 +26,16 @@ def certificate_like(
     *,
     ca: bool = False,
     signs: bool = False,
+    subject: str | None = None,
     names: Sequence[str] = (),
     days: tuple[float, float] = (-1, 365),
 ) -> tuple[Any, x509.Certificate]:
     """Returns a key and a certificate of it like a member's, but for what is said."""
     key = tls_key or ec.generate_private_key(ec.SECP256R1())
-    subject, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    own, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject or name)]), datetime.now(UTC)
     usage = x509.KeyUsage(True, False, False, False, False, signs, False, False, False)
     builder = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(own, own, key.public_key(), x509.random_serial_number())
         .not_valid_before(now + timedelta(days=days[0]))
         .not_valid_after(now + timedelta(days=days[1]))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(n) for n in names or [name]]), critical=False)

@@ -153,6 +153,7 @@ def test_an_identity_shows_its_id_and_no_key() -> None:
     ({"signs": True}, "could sign other"),
     ({"names": ["x", "y"]}, "another name"),
     ({"names": ["*.example.org"]}, "another name"),
+    ({"subject": "another"}, "another name"),
     ({"tls_key": ec.generate_private_key(ec.SECP384R1())}, "P-256"),
 ])  # fmt: skip
 def test_a_certificate_that_could_pass_for_another_is_refused(how: dict[str, object], said: str) -> None:

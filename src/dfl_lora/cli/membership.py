@@ -98,6 +98,7 @@ def invite(
 ) -> None:
     """Print one invitation a line, and wait until each is used or has expired."""
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
     from dfl_lora import founding
     from dfl_lora.cli.interruption import Interrupted
@@ -134,14 +135,18 @@ def invite(
         invitations = [invitation_to(roster, identity.fingerprint, reached, each, expires) for each in peers]
         admissions = Admissions(own.roster_path, key, invitations, replacing=replace)
         reception = Reception(admissions, own.identity_folder, recipe, tell)
-        for invitation in invitations:
-            print(invitation.token, flush=True)
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(expires))
-        tell(f"Waiting at {reached} for {len(peers)} to join, until {until}.")
-        try:
-            asyncio.run(reception.receive(listening))
-        except KeyboardInterrupt:
-            raise Interrupted("Interrupted; the invitations that were not used are void.") from None
+        with ThreadPoolExecutor(1) as apart:  # a signal, which the main thread hears, interrupts no admission
+            try:
+                done = apart.submit(lambda: asyncio.run(reception.receive(listening)))
+                for invitation in invitations:
+                    print(invitation.token, flush=True)
+                tell(f"Waiting at {reached} for {len(peers)} to join, until {until}.")
+                done.result()
+            except KeyboardInterrupt:
+                raise Interrupted("Interrupted; the invitations that were not used are void.") from None
+            finally:
+                reception.stop()
     if unused := len(peers) - len(admissions.used):
         tell(f"{unused} of {len(peers)} invitations expired unused.")
 

@@ -212,7 +212,7 @@ def check_certificate(der: bytes, name: str) -> None:
         raise ValueError("certificate is damaged, or lacks a name, its constraints or its key usage") from error
     if names != [name] or list(own) != [x509.DNSName(name)]:
         raise ValueError(f"certificate bears another name than the id {name[:SHOWN]}")
-    if constraints.ca or usage.key_cert_sign or usage.crl_sign:
+    if constraints.ca or usage.key_cert_sign:
         raise ValueError("certificate could sign other certificates, which would let its owner pass for anybody")
     if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
         raise ValueError("certificate is not of a key on P-256")

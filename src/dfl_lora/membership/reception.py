@@ -54,13 +54,23 @@ class Reception:
         self.refused = Counter[str]()
         self.room, self.changed = asyncio.Semaphore(CROWD), asyncio.Event()
         self.hearing = set[asyncio.Task[None]]()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Ends the waiting, from any thread; who is being answered is answered."""
+        self.stopped = True
+        if self.loop is not None:
+            with suppress(RuntimeError):  # it has ended by itself
+                self.loop.call_soon_threadsafe(self.changed.set)
 
     async def receive(self, listening: socket.socket) -> None:
         """Admits who brings an invitation; ends when no invitation is left."""
+        self.loop = asyncio.get_running_loop()
         listening.setblocking(False)
         async with asyncio.TaskGroup() as tasks:
             accepting = tasks.create_task(self.accept(listening, tasks))
-            while waiting := self.admissions.waiting(time.time()):
+            while (waiting := self.admissions.waiting(time.time())) and not self.stopped:
                 self.changed.clear()
                 next_s = min(each.expires for each in waiting) - time.time()
                 with suppress(TimeoutError):

@@ -295,7 +295,8 @@ class Links:
             del self.open[link.member.id]
             if standing.state == "linked":
                 standing.turn("lost", "the link ended")
-            self.tell("lost" if standing.state == "lost" else standing.state, link.member, standing.why)
+            if not self.closing:
+                self.tell(standing.state, link.member, standing.why)
         self.host.lost(link)
 
     async def drop(self, id: str, state: State, why: str) -> None:

@@ -18,6 +18,7 @@ from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.roster import Roster, read_roster, write_roster
 from dfl_lora.networks.conversation import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
+from dfl_lora.networks.refused_handshakes import Listening
 from dfl_lora.node import Node
 from dfl_lora.preflight import TOY
 from dfl_lora.recipe import Recipe
@@ -98,7 +99,7 @@ def take_part(
         listen=node.listen, insecure=node.insecure, observe=watch.happened,
         keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=len(running.lines) + 1,
     )  # fmt: skip
-    with network, watch.of(network.snapshot):
+    with Listening(lambda who: watch.happened(refused(who))), network, watch.of(network.snapshot):
         watch.turn("assembling", len(running.lines))
         network.assemble()
         running.begin(network)
@@ -107,6 +108,11 @@ def take_part(
         take_back(f.peers, network.finish(), f.method)
         running.save({"applied": network.applied()})
     return None
+
+
+def refused(who: str) -> Mapping[str, Any]:
+    """Returns the event of a stranger whose handshake failed."""
+    return {"event": "refused", "member": None, "peers": [], "why": who}
 
 
 def contract_of(federation: Federation) -> Contract:

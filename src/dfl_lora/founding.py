@@ -15,13 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from dfl_lora.data.places import is_local
 from dfl_lora.errors import UserError
 from dfl_lora.membership.addresses import is_loopback, join_address, split_address
 from dfl_lora.recipe import Recipe, is_path
-from dfl_lora.strict_yaml import read_yaml
+from dfl_lora.strict_yaml import read_yaml, yaml_text
 
 IDENTITY, ROSTER, RECIPE, NODE, ORGANISER = "identity", "roster.json", "recipe.yaml", "node.yaml", "organiser.key"
 KEYS: Mapping[str, str] = {
@@ -43,7 +41,7 @@ def shared(recipe: Recipe, digest: str) -> str:
     for part, found in places(recipe).items():
         content[part] |= {key: last_name(place) for key, place in found.items()}
     head = "# What all members of the federation agree on. What belongs to one machine is in its node.yaml.\n"
-    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return head + yaml_text(content)
 
 
 def places(recipe: Recipe) -> dict[str, dict[str, str]]:

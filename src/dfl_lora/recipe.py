@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
@@ -24,6 +23,7 @@ from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
 from dfl_lora.metrics import METRICS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.strict_yaml import yaml_text
 
 
 def expand(value: object) -> object:
@@ -319,7 +319,7 @@ class Recipe(Part):
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False, allow_unicode=True)
+        return yaml_text(self.model_dump(mode="json", exclude_none=False))
 
 
 def is_path(validation: str) -> bool:

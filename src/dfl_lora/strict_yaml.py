@@ -23,9 +23,21 @@ class Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Reader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class Writer(yaml.SafeDumper):
+    """A safe dumper that quotes a text which the reader would take for a number."""
+
+
+for kind in (Reader, Writer):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),  # a digest may begin with 58e1
+        list("-+0123456789"),
+    )
+
+
+def yaml_text(content: object) -> str:
+    """Returns YAML that `read_yaml` reads as it was, keys in their order."""
+    return yaml.dump(content, Dumper=Writer, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str) -> object:

@@ -23,7 +23,6 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Protocol
 
-import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dfl_lora import machine
@@ -35,6 +34,7 @@ from dfl_lora.membership.roster import Member, first_roster, write_roster
 from dfl_lora.recipe import Recipe
 from dfl_lora.run_directory import NODE, RECIPE, Line, held, prepare
 from dfl_lora.running import Observer, build_for, open_run
+from dfl_lora.strict_yaml import yaml_text
 
 HOST = "127.0.0.1"
 LOWEST_PORT, OUTGOING = 10_000, Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -194,7 +194,7 @@ def found(federation: Federation, run: Path) -> None:
         folder = folder_of(run, member.peers[0]) / NODE
         write_roster(folder / "roster.json", roster)
         node = {"peers": list(member.peers), "listen": member.addresses[0], "compute": compute, "output": ".."}
-        write_atomically(folder / "node.yaml", yaml.safe_dump(node, sort_keys=False).encode())
+        write_atomically(folder / "node.yaml", yaml_text(node).encode())
 
 
 def free_ports(count: int) -> list[int]:

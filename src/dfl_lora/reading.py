@@ -48,8 +48,8 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not readable YAML: {error}.") from None
     if not isinstance(content, dict):
-        what = {"NoneType": "nothing", "str": "a text", "list": "a list"}.get(type(content).__name__, "a value")
-        raise UserError(f"{path} holds {what}, not a mapping of {what} keys such as {keys}.")
+        held = {"NoneType": "nothing", "str": "a text", "list": "a list"}.get(type(content).__name__, "a value")
+        raise UserError(f"{path} holds {held}, not a mapping of {what} keys such as {keys}.")
     return cast(dict[str, Any], content)
 
 

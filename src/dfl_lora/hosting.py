@@ -6,6 +6,7 @@ not take in is taken back, and the adapters of the hosted peers are written: nob
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record, take_back
 from dfl_lora.run_directory import Line, held, prepare
 from dfl_lora.running import Observer, Running, Start, build_for, open_run
-from dfl_lora.watching import Watch
+from dfl_lora.watching import Look, Watch
 
 INSECURE = "insecure: nothing is encrypted and nobody is who they say; for tests on one machine alone"
 
@@ -97,9 +98,9 @@ def take_part(
     network = PeerNetwork(
         identity, roster, node.peers, f.graph, contract, limits,
         listen=node.listen, insecure=node.insecure, observe=watch.happened,
-        keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=len(running.lines) + 1,
+        keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=running.next_round,
     )  # fmt: skip
-    with Listening(lambda who: watch.happened(refused(who))), network, watch.of(network.snapshot):
+    with Listening(lambda who: watch.happened(refused(who))), network, watch.of(looking(network, node.roster_path)):
         watch.turn("assembling", len(running.lines))
         network.assemble()
         running.begin(network)
@@ -108,6 +109,22 @@ def take_part(
         take_back(f.peers, network.finish(), f.method)
         running.save({"applied": network.applied()})
     return None
+
+
+def looking(network: PeerNetwork, path: Path) -> Look:
+    """Returns a look at the network, which first adopts the roster in the file where somebody was admitted there."""
+    read = 0
+
+    def look() -> Mapping[str, Any]:
+        nonlocal read
+        with suppress(OSError, UserError):  # a file that cannot be read now is read later
+            written = path.stat().st_mtime_ns
+            if written != read:
+                network.adopt(read_roster(path))
+                read = written
+        return network.snapshot()
+
+    return look
 
 
 def refused(who: str) -> Mapping[str, Any]:

@@ -120,6 +120,11 @@ class Running:
     def done(self) -> bool:
         return len(self.lines) >= self.federation.recipe.train.rounds
 
+    @property
+    def next_round(self) -> int:
+        """The next round in which peers exchange; 0 is the gossip before round 1 of the seed's order."""
+        return len(self.lines) + 1 if self.lines or self.federation.recipe.train.order == "standard" else 0
+
     def load(self) -> None:
         """Loads the checkpoint into the peers, and cuts rounds.jsonl back to its rounds."""
         f = self.federation
@@ -132,7 +137,7 @@ class Running:
 
     def begin(self, network: Network) -> None:
         """Tells the observers; a run that begins by the seed's order gossips once before its first round."""
-        if not self.lines and self.federation.recipe.train.order == "seed":
+        if self.next_round == 0:
             self.start = self.seed_start(network)
         self.announce()
 

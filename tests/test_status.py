@@ -101,8 +101,8 @@ def test_a_full_disk_ends_neither_the_network_nor_the_watch(tmp_path: Path, monk
 
 def test_events_are_sentences() -> None:
     assert sentence(event("failed-edge", "round 3", (0, 2))) == "peers 0, 2 (abcdefgh) left out of a round: round 3"
-    nobody = {"event": "waiting", "member": None, "peers": [], "why": "for the peers 1, 2"}
-    assert sentence(nobody) == "waiting: for the peers 1, 2"
+    nobody = {"event": "waiting", "member": None, "peers": [1, 2], "why": "no link yet"}
+    assert sentence(nobody) == "peers 1, 2 waited for: no link yet"
 
 
 def test_a_run_directory_without_status_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ SILENT = {"late"}
 """Events of which a person is not told: they are in events.jsonl."""
 VERBS = {
     "linked": "joined", "failed-edge": "left out of a round", "taken-back": "taken back", "bye": "has finished",
-    "dialling": "cannot be reached",
+    "dialling": "cannot be reached", "waiting": "waited for",
 }  # fmt: skip
 """What is said where it is another word than the name of the event."""
 

@@ -146,7 +146,7 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_row(
             name,
             share(scored["mean"]),
-            f"± {share(scored['ci95'])}",
+            "–" if len(summary.get("hosted", "many")) == 1 else f"± {share(scored['ci95'])}",
             share(scored["min"]),
             "–" if "hosted" in summary else share(scored["consensus"]),
             *(with_worst(summary.get(key), key) for key in others),

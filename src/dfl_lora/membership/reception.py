@@ -182,8 +182,9 @@ def listen_at(address: str) -> socket.socket:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(place[:2], family=family)
     except OSError as error:
+        said = str(error.strerror).partition(" (")[0]
         raise UserError(
-            f"Cannot listen at {address} ({error.strerror}); where this member's own peer is running there, give "
+            f"Cannot listen at {address} ({said}); where this member's own peer is running there, give "
             "another port with --listen, one that those you invite can reach."
         ) from None
 

@@ -117,9 +117,9 @@ class Conversation:
             await self.pause()
             if monotonic() - told > TELL_S:
                 told = monotonic()
-                self.tell("waiting", None, missing, f"for the peers {', '.join(map(str, missing))}")
+                self.tell("waiting", None, missing, "no link yet")
         if missing:
-            self.tell("late", None, missing, f"begins without the peers {', '.join(map(str, missing))}")
+            self.tell("absent", None, missing, f"no link within {self.limits.assemble_s:g} s, this one begins without")
 
     async def exchange(self, moment: Moment, graph: Graph, outgoing: Mapping[int, Outgoing]) -> Arrived:
         """Announces the hosted peers' frames, pulls their neighbours', and returns what both ends have."""
@@ -337,6 +337,8 @@ class Conversation:
         except ValueError as error:
             self.garbled(link, f"roster: {error}")
             return
+        if (roster.organiser, roster.run) != (self.roster.organiser, self.roster.run):
+            self.garbled(link, "roster: it is of another organiser or run")
         self.adopt(roster)
 
     def adopt(self, roster: Roster) -> None:

@@ -52,6 +52,7 @@ LISTENING: list[tuple[str, Any]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),
     ("grpc.max_concurrent_streams", 4),
 ]
 REFUSED = ("Connection refused", "No route to host")

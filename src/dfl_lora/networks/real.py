@@ -80,8 +80,13 @@ class PeerNetwork(AbstractContextManager["PeerNetwork"]):
         self.loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine in the network's thread and returns its result."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+        """Runs a coroutine in the network's thread and returns its result; an interruption here ends it there."""
+        running = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
 
     def assemble(self) -> None:
         """Waits until every neighbour is linked, at most `assemble_s`."""

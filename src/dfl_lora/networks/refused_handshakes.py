@@ -1,8 +1,8 @@
 """Handshakes of TLS that failed, as gRPC tells of them: on standard error and nowhere else.
 
 `Listening` puts a pipe in the place of file descriptor 2. Lines of gRPC about handshakes become reasons, each told
-once and counted; other lines of gRPC of level INFO are dropped, everything else goes where it was meant to go. Only a
-process that is a peer does so: it is the border of the program.
+once and counted; other lines of gRPC are dropped, since strangers can cause any number of them; everything else goes
+where it was meant to go. Only a process that is a peer does so: it is the border of the program.
 """
 
 import os
@@ -25,7 +25,7 @@ REASONS = {
 }
 FAILED = re.compile(rb"Handshake failed with error|[Hh]andshake.*(?:failed|timed? ?out)")
 NAMED = re.compile(rb"OPENSSL_internal:([A-Z0-9_]+)(?:: *([\w ]*))?")
-GRPC_INFO = re.compile(rb"[IW]\d{4} [\d:.]+ +\d+ \w+\.cc:\d+\]")
+GRPC_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ \w+\.cc:\d+\]")
 LONGEST_LINE = 4096
 
 
@@ -77,5 +77,5 @@ class Listening(AbstractContextManager["Listening"]):
             self.counts[reason] += 1
             if self.counts[reason] == 1:
                 self.tell(reason)
-        elif line and not GRPC_INFO.match(line):
+        elif line and not GRPC_OWN.match(line):
             os.write(self.original, line)

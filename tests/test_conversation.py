@@ -305,6 +305,19 @@ def test_the_first_difference_is_named_on_both_sides(key: str) -> None:
         assert not meeting.parties[0].conversation.links.open
 
 
+def test_a_member_that_hosts_no_neighbour_is_refused() -> None:
+    with Meeting([[0], [1], [2]], "line") as meeting:
+        meeting.assemble()
+        ends = [meeting.parties[0], meeting.parties[2]]
+        for own, other in (ends, ends[::-1]):
+            meeting.loop.call_soon_threadsafe(own.conversation.links.want, [other.conversation.identity.id])
+        deadline = time.monotonic() + 10
+        while not all(p.events("refused") for p in ends) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert all("hosts no neighbour" in p.events("refused")[0]["why"] for p in ends)
+        assert [len(p.conversation.links.open) for p in meeting.parties] == [1, 2, 1]
+
+
 def test_a_roster_of_a_higher_epoch_travels_and_a_lower_one_does_not() -> None:
     with Meeting(ONE_EACH, "ring") as meeting:
         meeting.assemble()

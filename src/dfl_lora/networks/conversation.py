@@ -41,6 +41,7 @@ AT_LAST: Moment = (2**62, 0)
 """After everything."""
 LOOK_S = 0.25
 """Between two looks at edges of which nothing is heard."""
+BANNED = f"it is banned for this run: {STRIKES} of its messages were refused"
 TELL_S = 10.0
 """Between two lines about who is waited for."""
 MOST_SEEN = 2**53
@@ -271,11 +272,9 @@ class Conversation:
         )
 
     def barred(self, member: Member) -> str | None:
-        return (
-            f"it is banned for this run: {STRIKES} of its messages were refused"
-            if self.border.banned(member.id)
-            else None
-        )
+        if member.id not in self.neighbours():
+            return "it hosts no neighbour of the peers here"
+        return BANNED if self.border.banned(member.id) else None
 
     def met(self, link: Link) -> None:
         """Counts on from the sequences the other end has seen, and says all that matters to it."""
@@ -367,9 +366,8 @@ class Conversation:
     def ban(self, id: str) -> None:
         """Ends the link with a member that is banned by now."""
         if self.border.banned(id) and id in self.links.open:
-            why = f"it is banned for this run: {STRIKES} of its messages were refused"
-            self.tell("banned", self.roster.member(id), [], why)
-            self.background(self.links.drop(id, "banned", why))
+            self.tell("banned", self.roster.member(id), [], BANNED)
+            self.background(self.links.drop(id, "banned", BANNED))
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -247,8 +247,9 @@ class Links:
             await asyncio.wait_for(stream.write(encoded(Refused(why=why[:1000]))), BYE_S)
 
     def refused(self, member: Member | None, why: str, address: str = "") -> None:
-        if member is not None and member.id in self.standing and member.id not in self.open:
-            self.standing[member.id].turn("refused", why)
+        standing = None if member is None or member.id in self.open else self.standing.get(member.id)
+        if standing is not None and standing.state != "banned":
+            standing.turn("refused", why)
         self.tell_once("refused", member, why, address)
 
     async def talk(self, link: Link) -> None:

@@ -321,6 +321,10 @@ DATA: dict[str, Case] = {
         lambda p: p.data("long.csv", "sentence,label\na,0\nb,1,c\n"),
         ("long.csv", "more values than its header has names"),
     ),
+    "a row of .csv with empty values beyond its header": (
+        lambda p: p.data("longer.csv", "sentence,label\na,0\nb,1,,\n"),
+        ("longer.csv", "more values than its header has names"),
+    ),
     "fractions for labels in a .csv": (lambda p: p.data("f.csv", "sentence,label\na,0.0\nb,1.0\n"), ("Row 0", "0.0")),
     "a misspelt text column": (lambda p: p.text("task.text=sentense"), ("'sentense'", "Did you mean 'sentence'?")),
     "a misspelt label column": (lambda p: p.text("task.label=labels"), ("'labels'", "Did you mean 'label'?")),

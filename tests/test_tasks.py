@@ -295,3 +295,10 @@ def test_labels_that_all_are_one_are_refused_whatever_names_there_are() -> None:
     assert occurring(names, np.array([1, 1])) == {"good"} and occurring(names, np.array([0, 1])) == set(names)
     with pytest.raises(UserError, match="All labels in 'here' are good; give rows of two labels or more"):
         check_several(occurring(names, np.array([1, 1])), "here")
+
+
+@pytest.mark.parametrize("absent", ["NA", "nan", "null", "None", "N/A"])
+def test_a_value_that_is_not_there_is_no_name_among_whole_numbers(absent: str) -> None:
+    with pytest.raises(UserError, match=f"Row 2 of .* has the label '{absent}'"):
+        names_of(["0", "1", absent, "1"], None, SENTENCE, "rows.csv")
+    assert names_of(["yes", absent, "no"], None, SENTENCE, "rows.csv") == (*sorted({"yes", absent, "no"}),)

@@ -226,7 +226,7 @@ def separated(file: Path) -> Glance | None:
         return None
     if not rows:
         raise Damaged("it has no rows")
-    if any(any(row[len(header) :]) for row in rows):
+    if any(len(row) > len(header) for row in rows):
         raise Damaged(TOO_LONG)
     columns = {name: k for k, name in enumerate(header)}
 
@@ -240,7 +240,8 @@ def typed(values: Sequence[str]) -> list[object] | None:
     """Returns a .csv column as numbers or as text, None for an empty one; None where it may be read otherwise."""
     given = [value for value in values if value]
     if all(NUMBER.fullmatch(value) for value in given):
-        return [int(value) if value else None for value in values]
+        numbers = [int(value) if value else None for value in values]
+        return None if any(abs(n or 0) >= 2**63 for n in numbers) else list(numbers)
     if all(FRACTION.fullmatch(value) for value in given):
         return [float(value) if value else None for value in values]
     if any(AMBIGUOUS.fullmatch(value) for value in given):

@@ -13,6 +13,9 @@ from dfl_lora.errors import UserError
 MOST_LABELS = 1000
 """A column that would make more labels is taken for a mistake, such as the numbers of the rows."""
 
+ABSENT = {"NA", "N/A", "nan", "NaN", "NULL", "null", "None"}
+"""What tables write for a value that is not there: beside whole numbers it is no name."""
+
 
 def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Columns, path: str) -> tuple[str, ...]:
     """Returns the names of the labels: the task's, the column's `own` (of a ClassLabel), or the values found."""
@@ -25,6 +28,13 @@ def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Co
         raise UserError(
             f"Column '{columns.label}' of '{path}' mixes names, such as {shortened(min(texts))}, with numbers, such as "
             f"{numbers[0]}; write all labels as names, or all as whole numbers from 0."
+        )
+    absent = texts & ABSENT
+    if absent and len(texts) > len(absent) and all(text.lstrip("-").isdecimal() for text in texts - absent):
+        row = next(row for row, v in enumerate(values) if v in absent)
+        raise UserError(
+            f"Row {row} of '{path}' has the label {values[row]!r} in column '{columns.label}', whose others are numbers; "
+            "give the row a label, or leave it out."
         )
     count = len(texts) or 1 + max(numbers)
     if count > MOST_LABELS:

@@ -209,6 +209,8 @@ def test_a_neighbour_that_is_gone_is_not_waited_for() -> None:
         arrived = exchange(meeting, 2)
         assert time.perf_counter() - start < 5
         assert [senders(a, i) for i, a in enumerate(arrived)] == [[1], [0, 2], [1]]
+        exchange(meeting, 3)
+        assert [len(p.events("failed-edge")) for p in meeting.parties] == [1, 0, 1]  # told once, not in each round
         assert meeting.parties[0].events("gone")
 
 

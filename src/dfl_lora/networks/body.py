@@ -10,17 +10,38 @@ copied. In the other direction the numbers are copied once, into the same views 
 Tensors lie by type, then by name, so that each is aligned (`codecs.frames`).
 """
 
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import hypot, prod
+from mmap import mmap
 
 import torch
 from torch import Tensor
 
 from dfl_lora.codecs.frames import ORDER, Frame
 
+if sys.platform == "linux":
+    from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE
+
 PIECE = 2**18
 """Numbers in a part of a norm. Float64 takes 2 MiB for them, and is 8 times as fast as at once: 9 ms for 100 MB."""
+
+
+LARGE = 4 * 2**20
+"""Bytes from which a body lies in huge pages: to fill 100 MB takes 7 ms then, and 90 in small ones."""
+Room = bytearray | mmap
+
+
+def room(length: int) -> Room:
+    """Returns so many zeros to be written over."""
+    if length < LARGE or sys.platform != "linux":
+        return bytearray(length)
+    pages = mmap(-1, length, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(MADV_HUGEPAGE)
+    return pages
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def of(self, body: bytearray) -> Tensor:
+    def of(self, body: Room) -> Tensor:
         """Returns the tensor as a view of the body."""
         count = prod(self.shape)
         if not count:
@@ -59,19 +80,19 @@ class Expectation:
         return Expectation(frame.codec, frame.layout, frame.prefix, places, stop)
 
 
-def body_of(frame: Frame) -> bytearray:
+def body_of(frame: Frame) -> Room:
     """Returns the bytes of a frame's body, as safetensors writes them; a copy, the frame may change afterwards."""
     expected = Expectation.of(frame)
-    body = bytearray(expected.length)
+    body = room(expected.length)
     body[: len(expected.prefix)] = expected.prefix
     for name, place in expected.places.items():
         place.of(body).copy_(frame.body[name])
     return body
 
 
-def frame_from(body: bytearray, expected: Expectation) -> Frame | None:
+def frame_from(body: Room, expected: Expectation) -> Frame | None:
     """Returns the frame whose tensors are views of the body, or None where it is not the expected one."""
-    if len(body) != expected.length or not body.startswith(expected.prefix):
+    if len(body) != expected.length or body[: len(expected.prefix)] != expected.prefix:
         return None
     return Frame(expected.codec, expected.layout, {name: place.of(body) for name, place in expected.places.items()})
 

@@ -20,7 +20,7 @@ from math import isfinite
 
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.membership.roster import Roster
-from dfl_lora.networks.body import Expectation, frame_from, is_finite, norm_of
+from dfl_lora.networks.body import Expectation, Room, frame_from, is_finite, norm_of
 from dfl_lora.networks.sealed import Header, Kind, Opened, Refusal, open_sealed
 
 Report = Callable[[str, Refusal], None]
@@ -81,7 +81,7 @@ class Border:
         refusal = unfit(header, self.expected)
         return header if refusal is None else self.refuse(self.latest[header.sender].member, refusal)
 
-    def received(self, header: Header, body: bytearray, sha256: str) -> Frame | Refusal:
+    def received(self, header: Header, body: Room, sha256: str) -> Frame | Refusal:
         """Returns the frame of an announcement that passed, as views of its body, or why it is refused.
 
         `sha256` is that of the body as it arrived, in hexadecimal digits: who pulls it has it at no cost.
@@ -188,7 +188,7 @@ def unfit(header: Header, expected: Expected) -> Refusal | None:
     return None
 
 
-def admitted(header: Header, body: bytearray, sha256: str, expected: Expected | None) -> Frame | Refusal:
+def admitted(header: Header, body: Room, sha256: str, expected: Expected | None) -> Frame | Refusal:
     """Returns the frame of a body, or what is wrong with it."""
     if expected is None:
         return Refusal("future", f"a body of round {header.round} came before any exchange was open")

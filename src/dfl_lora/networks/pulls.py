@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfl_lora.codecs.frames import Frame
+from dfl_lora.networks.body import Room, room
 from dfl_lora.networks.border import NO_STRIKE, Border
 from dfl_lora.networks.edges import Edge, Ledger, Moment, Open
 from dfl_lora.networks.links import Link
@@ -26,7 +27,7 @@ class Heard:
     header: Header
     sealed: bytes
     link: Link
-    buffer: bytearray = field(default_factory=bytearray)
+    buffer: Room = field(default_factory=bytearray)
     filled: int = 0
     digest: Any = None
     """sha256 of what is here; None where nothing was asked for."""
@@ -44,7 +45,7 @@ class Outgoing:
     """A frame of a hosted peer, ready to be pulled."""
 
     frame: Frame
-    body: bytearray
+    body: Room
     sha256: str
 
 
@@ -55,13 +56,13 @@ class Pulls:
         self.border, self.ledger = border, ledger
         self.exchange: Open | None = None
         self.sealed: Mapping[int, bytes] = {}
-        self.bodies: Mapping[int, bytearray] = {}
+        self.bodies: Mapping[int, Room] = {}
         self.heard_of: dict[int, Heard] = {}
         self.early: dict[int, tuple[Link, bytes]] = {}
         self.asked: dict[tuple[str, int], tuple[Link, Pull]] = {}
         self.sending: dict[tuple[str, int], asyncio.Task[None]] = {}
 
-    def begin(self, exchange: Open, sealed: Mapping[int, bytes], bodies: Mapping[int, bytearray]) -> None:
+    def begin(self, exchange: Open, sealed: Mapping[int, bytes], bodies: Mapping[int, Room]) -> None:
         """Opens an exchange: what is sealed can be announced, and pulled from here."""
         self.exchange, self.sealed, self.bodies = exchange, sealed, bodies
 
@@ -124,7 +125,7 @@ class Pulls:
             exchange.give_up([j])
         elif j in {edge[1] for edge in exchange.pending()}:
             if heard.digest is None:
-                heard.buffer, heard.digest = bytearray(heard.header.length), hashlib.sha256()
+                heard.buffer, heard.digest = room(heard.header.length), hashlib.sha256()
             heard.link.say(Pull(sender=j, sequence=heard.header.sequence, offset=heard.filled))
 
     def send(self, link: Link, asked: Pull) -> None:

@@ -1,11 +1,12 @@
 """Measures what real peers cost on this machine against a raw TLS socket: python scripts/network_cost.py [--json FILE].
 
 Two processes on loopback. Raw is Python's ssl, blocking, mutual TLS 1.3, sendall and recv_into; the other side is the
-network as a run uses it. `stream` is one body in one direction over the transport: cut, sent, put together, and its
-digest taken at both ends. `exchange` is `PeerNetwork.exchange`: each end makes a body of its frame, signs, announces,
-pulls, checks digest and numbers, and both ends agree that they are done; raw does it with a connection each way at
-once. Repetitions alternate, and medians are shown. Bytes are the payload of TCP through a counting proxy, those of
-both directions halved; memory is what the largest resident size of a process grew by, its frame apart.
+network as a run uses it, with the same memory. `stream` is one body in one direction over the transport: cut, sent, put
+together, and its digest taken where it arrives. `exchange` is `PeerNetwork.exchange`: each end makes a body of its
+frame and a digest of it, signs, announces, pulls, checks digest and numbers, and both ends agree that they are done;
+raw does it with a connection each way at once. Repetitions alternate, and medians are shown. Bytes are the payload of
+TCP through a counting proxy, those of both directions halved; memory is what the largest resident size of a process
+grew by, its frame apart.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from rich.table import Table
 from dfl_lora.graphs import GRAPHS
 from dfl_lora.membership.identity import create_identity, load_identity, public_of
 from dfl_lora.membership.roster import Member, Roster, read_roster, write_roster
+from dfl_lora.networks.body import room
 
 MB = 10**6
 LISTENS, DIALS = 0, 1
@@ -66,11 +68,11 @@ class Raw:
         self.out, self.into = streams if index == LISTENS else streams[::-1]
 
     def send(self, size: int) -> None:
-        self.out.sendall(bytes(size))
+        self.out.sendall(room(size))
         assert self.out.recv(1)
 
     def receive(self, size: int) -> None:
-        buffer, filled = memoryview(bytearray(size)), 0
+        buffer, filled = memoryview(room(size)), 0
         while filled < size:
             filled += self.into.recv_into(buffer[filled:])
         self.into.sendall(b"!")
@@ -127,8 +129,7 @@ class Streams:
         from dfl_lora.networks.messages import CHUNK_BYTES, Chunk, encoded
 
         async def work() -> None:
-            body = memoryview(bytearray(size))
-            hashlib.sha256(body).hexdigest()
+            body = memoryview(room(size))
             for offset in range(0, size, CHUNK_BYTES):
                 await self.stream.write(encoded(Chunk(0, 0, offset, body[offset : offset + CHUNK_BYTES])))
             assert await self.stream.read()
@@ -139,7 +140,7 @@ class Streams:
         from dfl_lora.networks.messages import Chunk, decoded
 
         async def work() -> None:
-            body, filled, digest = bytearray(size), 0, hashlib.sha256()
+            body, filled, digest = room(size), 0, hashlib.sha256()
             while filled < size:
                 content = await self.stream.read()
                 assert content is not None
@@ -157,6 +158,7 @@ class Streams:
             self.ended.set()
             await self.stream.close()
             await self.transport.close()
+            await asyncio.sleep(0.1)
 
         self.loop.run_until_complete(end())
         self.loop.close()
@@ -336,19 +338,21 @@ def started(counted: bool) -> tuple[Pair, Counting | None]:
 
 def times(sizes: list[float], repetitions: int) -> list[dict[str, Any]]:
     """Measures seconds, in alternation."""
-    pair, rows = started(counted=False)[0], []
+    first, second = started(counted=False)[0], started(counted=False)[0]  # gRPC wants one event loop in a process
+    rows = []
     for mb in sizes:
         size = int(mb * MB)
         seconds: dict[str, list[float]] = {what: [] for what in ("raw one way", "stream", "raw both", "exchange")}
         for number in range(repetitions + 1):
             for what, taken in seconds.items():
-                took, _ = pair.do(what, size)
+                took, _ = (second if what == "exchange" else first).do(what, size)
                 if number:  # the first warms up
                     taken.append(took)
         median = {what: statistics.median(taken) for what, taken in seconds.items()}
         ratios = {"one way": median["stream"] / median["raw one way"], "both": median["exchange"] / median["raw both"]}
         rows.append({"mb": mb, "seconds": median, "all": seconds, "ratio": ratios})
-    pair.close()
+    first.close()
+    second.close()
     return rows
 
 

@@ -320,6 +320,13 @@ def test_a_member_that_hosts_no_neighbour_is_refused() -> None:
         assert [len(p.conversation.links.open) for p in meeting.parties] == [1, 2, 1]
 
 
+def test_two_that_nobody_can_dial_are_told_so_and_do_not_wait_for_each_other() -> None:
+    with Meeting([[0], [1]], "line", addresses=False) as meeting:
+        meeting.assemble()
+        assert all("nobody can dial" in p.events("refused")[0]["why"] for p in meeting.parties)
+        assert [a.frames for a in exchange(meeting, 1)] == [{0: {}}, {1: {}}]
+
+
 def test_a_roster_of_a_higher_epoch_travels_and_a_lower_one_does_not() -> None:
     with Meeting(ONE_EACH, "ring") as meeting:
         meeting.assemble()

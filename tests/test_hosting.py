@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,9 @@ def test_two_processes_end_with_the_bits_of_the_simulation(tmp_path: Path) -> No
         ]
         events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
         assert "linked" in events and "failed-edge" not in events
+    began = monotonic()
+    assert call("peer", recipe, "--node", nodes[0], "--resume", "--json") == 0  # the others are gone: nothing is left
+    assert monotonic() - began < PATIENCE_S
 
 
 def text_peer(folder: Path, model: Path, rows: Path, *, own_rows: bool) -> Federation:

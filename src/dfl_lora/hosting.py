@@ -91,7 +91,7 @@ def take_part(
 ) -> None:
     """Runs the rounds that are left with the neighbours, and settles with them what the last one left open."""
     applied = [tuple(edge) for edge in running.kept.get("applied", ())]
-    if running.done and not applied:
+    if running.kept.get("settled"):
         return running.announce()
     f = running.federation
     limits = Limits(node.deadline_s, node.grace_s, node.assemble_s, node.norm_bound)
@@ -107,7 +107,7 @@ def take_part(
         running.go(network, lambda: {"applied": network.applied()})
         watch.turn("settling", len(running.lines))
         take_back(f.peers, network.finish(), f.method)
-        running.save({"applied": network.applied()})
+        running.save({"applied": network.applied(), "settled": True})
     return None
 
 

@@ -36,12 +36,19 @@ class Federation:
     roster: Roster
 
     @staticmethod
-    def of(hosts: Sequence[Sequence[int]], epoch: int = 1) -> "Federation":
+    def of(hosts: Sequence[Sequence[int]], epoch: int = 1, addresses: bool = True) -> "Federation":
         """Makes a member for each list of peers; the one who hosts less dials, as ids go."""
         identities = sorted((new_identity() for _ in hosts), key=lambda identity: identity.id)
         organiser = Ed25519PrivateKey.generate()
         members = tuple(
-            Member(i.id, i.public, i.certificate_der, i.vouch, tuple(peers), (f"127.0.0.1:{7000 + k}",))
+            Member(
+                i.id,
+                i.public,
+                i.certificate_der,
+                i.vouch,
+                tuple(peers),
+                (f"127.0.0.1:{7000 + k}",) if addresses else (),
+            )
             for k, (i, peers) in enumerate(zip(identities, hosts, strict=True))
         )
         num_peers = sum(map(len, hosts))
@@ -71,8 +78,15 @@ class Party:
 class Meeting:
     """Parties over one set of wires, with their event loop in a thread."""
 
-    def __init__(self, hosts: Sequence[Sequence[int]], topology: str = "ring", limits: Limits = QUICK) -> None:
-        self.federation = Federation.of(hosts)
+    def __init__(
+        self,
+        hosts: Sequence[Sequence[int]],
+        topology: str = "ring",
+        limits: Limits = QUICK,
+        *,
+        addresses: bool = True,
+    ) -> None:
+        self.federation = Federation.of(hosts, addresses=addresses)
         self.graph = GRAPHS[topology](self.federation.roster.num_peers)
         self.limits, self.wires = limits, Wires()
         self.loop = asyncio.new_event_loop()
@@ -113,7 +127,7 @@ class Meeting:
                 self.federation.identities[k], roster, member.peers, self.graph, contract, self.limits, transport,
                 told.append, lambda roster: None, applied, first,
             )  # fmt: skip
-            await conversation.open("a pipe")
+            await conversation.open("a pipe" if member.addresses else None)
             return conversation
 
         conversation = asyncio.run_coroutine_threadsafe(make(), self.loop).result(10)

@@ -98,4 +98,5 @@ class PipeTransport:
         return here
 
     async def close(self) -> None:
-        self.wires.serving.pop(self.own.addresses[0], None)
+        for address in self.own.addresses:
+            self.wires.serving.pop(address, None)

@@ -33,8 +33,8 @@ def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Co
     if absent and len(texts) > len(absent) and all(text.lstrip("-").isdecimal() for text in texts - absent):
         row = next(row for row, v in enumerate(values) if v in absent)
         raise UserError(
-            f"Row {row} of '{path}' has the label {values[row]!r} in column '{columns.label}', whose others are numbers; "
-            "give the row a label, or leave it out."
+            f"Row {row} of '{path}' has the label {values[row]!r} in column '{columns.label}', whose others "
+            "are numbers; give the row a label, or leave it out."
         )
     count = len(texts) or 1 + max(numbers)
     if count > MOST_LABELS:

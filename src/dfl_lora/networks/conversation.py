@@ -225,10 +225,11 @@ class Conversation:
         return sorted({member.id for member in map(self.roster.of_peer, peers) if member is not None})
 
     def missing(self) -> list[int]:
-        """Returns the neighbours that nobody hosts yet or whose member is not linked."""
+        """Returns the neighbours that nobody hosts yet, and those whose member may be linked and is not."""
         peers = {j for i in self.hosted for j in self.graph.neighbours(i)} - self.hosted
         hosts = {j: self.roster.of_peer(j) for j in sorted(peers)}
-        return [j for j, member in hosts.items() if member is None or member.id not in self.links.open]
+        linked = self.links.open
+        return [j for j, m in hosts.items() if m is None or (m.id not in linked and self.links.can_meet(m))]
 
     async def pause(self) -> None:
         """Waits until something is heard, or a moment."""

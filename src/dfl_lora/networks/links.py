@@ -41,7 +41,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
 
 Event = Mapping[str, Any]
 Observe = Callable[[Event], None]
-State = Literal["linked", "lost", "dialling", "refused", "banned", "gone"]
+State = Literal["linked", "lost", "dialling", "awaited", "refused", "banned", "gone"]
 
 
 @dataclass
@@ -139,9 +139,19 @@ class Links:
         for member in (self.roster.member(id) for id in ids):
             if member is None or member.id == self.own:
                 continue
-            self.standing.setdefault(member.id, Standing())
-            if member.id not in self.dialling and self.dials(member):
+            dials = self.dials(member)
+            self.standing.setdefault(member.id, Standing("dialling" if dials else "awaited"))
+            if not self.can_meet(member):
+                why = "neither end has an address, so that nobody can dial"
+                self.standing[member.id].turn("refused", why)
+                self.tell_once("refused", member, why, "")
+            elif dials and member.id not in self.dialling:
                 self.dialling[member.id] = asyncio.create_task(self.dial_for_ever(member.id))
+
+    def can_meet(self, other: Member) -> bool:
+        """Tells whether one of the two ends can be reached."""
+        own = self.roster.member(self.own)
+        return bool(other.addresses) or (own is not None and bool(own.addresses))
 
     def dials(self, other: Member) -> bool:
         """Tells whether this end dials: the one that cannot be reached, else the smaller id."""

@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PROTOCOL = 1
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**18
+"""Of a body in one message. 1 MiB costs 65,000 page faults more for 100 MB, and 151 ms in place of 95."""
 MOST_BYTES = 3 * 2**20
 """Of a message: a chunk, or a roster of two thousand members; a larger one travels as a file."""
 PLACE = Struct(">IQQ")

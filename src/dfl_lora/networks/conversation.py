@@ -97,7 +97,7 @@ class Conversation:
         self.closed: dict[Edge, int] = {}
         self.sequence = 0
         self.changed = asyncio.Event()
-        self.failing = set[Edge]()
+        self.failing: dict[Edge, str] = {}
         self.tasks = set[asyncio.Task[None]]()
 
     # ---- the loop's side
@@ -154,7 +154,7 @@ class Conversation:
             for edge in pending:
                 if (why := self.hopeless(edge, exchange.moment, monotonic() - started)) is not None:
                     exchange.out.add(edge)
-                    self.tell_failed(edge, f"round {exchange.moment[0]}, exchange {exchange.moment[1]}: {why}")
+                    self.tell_failed(edge, exchange.moment, why)
             if exchange.pending():
                 await self.pause()
         return (all_heard or monotonic()) - started
@@ -174,11 +174,12 @@ class Conversation:
             return "it is further on"
         return None
 
-    def tell_failed(self, edge: Edge, why: str) -> None:
-        """Tells that an edge failed, the first time since it worked."""
-        if edge not in self.failing:
-            self.failing.add(edge)
-            self.tell("failed-edge", self.roster.of_peer(edge[1]), edge, why)
+    def tell_failed(self, edge: Edge, moment: Moment, why: str) -> None:
+        """Tells that an edge failed, once for each reason until it works again."""
+        if self.failing.get(edge) != why:
+            self.failing[edge] = why
+            where = f"round {moment[0]}, exchange {moment[1]}"
+            self.tell("failed-edge", self.roster.of_peer(edge[1]), edge, f"{where}: {why}")
 
     def end(self, exchange: Open) -> None:
         """Closes an exchange: what is complete is written down, what is not is out for the rest of the round."""
@@ -189,7 +190,7 @@ class Conversation:
                 link.say(Close(round=t, edges=given_up))
         self.closed |= dict.fromkeys(exchange.out, t)
         self.ledger.take_in(exchange)
-        self.failing -= {edge for edge in exchange.edges if exchange.complete(edge)}
+        self.failing = {edge: why for edge, why in self.failing.items() if not exchange.complete(edge)}
         self.current, self.next = None, (t, exchange.moment[1] + 1)
         self.pulls.end()
 

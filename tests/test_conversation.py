@@ -9,7 +9,7 @@ import torch
 
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.conversation import Limits
-from dfl_lora.networks.messages import Chunk, Have, decoded
+from dfl_lora.networks.messages import CHUNK_BYTES, Chunk, Have, decoded
 from dfl_lora.peers import Peers
 from dfl_lora.rounds import Method, mix, take_back
 from dfl_lora.schedules import SCHEDULES
@@ -158,22 +158,25 @@ def test_a_lost_acknowledgement_is_made_good_by_the_next_frame_where_that_comes_
 def test_a_link_that_ends_in_the_middle_of_a_body_goes_on_from_there() -> None:
     with Meeting([[0], [1]], "line", PATIENT) as meeting:
         meeting.assemble()
-        size, chunks = 3_000_000, list[int]()
+        size, chunks, cut = 3_000_000, list[int](), list[int]()
         ids = [member.id for member in meeting.federation.roster.members]
 
         async def judge(speaker: str, listener: str, message: bytes) -> bool:
             said = decoded(message)
             if speaker == ids[0] and isinstance(said, Chunk):
                 chunks.append(said.offset)
-                if len(chunks) == 8:
+                filled = meeting.parties[1].conversation.pulls.heard_of[0].filled
+                if filled >= 3 * CHUNK_BYTES and not cut:
+                    cut.append(filled)
                     meeting.wires.cut(*ids)
             return True
 
         meeting.wires.judge = judge
         for i, arrived in enumerate(exchange(meeting, 1, size=size)):
             assert senders(arrived, i) == [1 - i]
-        assert chunks[8] >= 3 * 2**20
-        assert len(chunks) <= 4 * size / 2**20 + ROOM + 2
+        again = next(k for k in range(1, len(chunks)) if chunks[k] <= chunks[k - 1])
+        assert cut[0] <= chunks[again] <= cut[0] + ROOM * CHUNK_BYTES
+        assert chunks[again:] == list(range(chunks[again], 4 * size, CHUNK_BYTES))
         assert meeting.parties[0].conversation.links.standing[ids[1]].links == 2
 
 

@@ -383,39 +383,6 @@ class Conversation:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Returns how things are with each neighbour, as JSON."""
-        members = [self.seen_as(id) for id in sorted(self.links.standing)]
-        return {
-            "id": self.identity.id,
-            "peers": sorted(self.hosted),
-            "epoch": self.roster.epoch,
-            "round": self.next[0] if self.next < AT_LAST else None,
-            "bytes_sent": sum(m["bytes_sent"] for m in members),
-            "bytes_received": sum(m["bytes_received"] for m in members),
-            "members": members,
-        }
-
-    def seen_as(self, id: str) -> dict[str, Any]:
-        standing, link, member = self.links.standing[id], self.links.open.get(id), self.roster.member(id)
-        there, here = self.positions.get(id, BEFORE)[0], self.next[0]
-        known = 0 <= there < AT_LAST[0] and here < AT_LAST[0]
-        return {
-            "id": id,
-            "peers": list(member.peers) if member else [],
-            "state": standing.state,
-            "since": standing.since.isoformat(timespec="seconds"),
-            "why": standing.why,
-            "address": link.stream.address if link else None,
-            "round": there if 0 <= there < AT_LAST[0] else None,
-            "lag": here - there if known else None,
-            "links": standing.links,
-            "bytes_sent": standing.sent + (link.sent if link else 0),
-            "bytes_received": standing.received + (link.received if link else 0),
-            "refused": dict(self.border.refused.get(id, {})),
-            "strikes": self.border.strikes(id),
-        }
-
     def tell(self, event: str, member: Member | None, peers: Iterable[int], why: str) -> None:
         who = {"member": member.id if member else None, "peers": list(peers)}
         self.observe({"event": event, **who, "why": why, "address": ""})

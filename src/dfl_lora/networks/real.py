@@ -18,6 +18,7 @@ from dfl_lora.networks.conversation import Contract, Conversation, Limits
 from dfl_lora.networks.edges import Applied
 from dfl_lora.networks.links import Observe
 from dfl_lora.networks.pulls import Outgoing
+from dfl_lora.networks.snapshot import snapshot
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ class PeerNetwork(AbstractContextManager["PeerNetwork"]):
         """Returns how things are with each neighbour, as JSON."""
 
         async def look() -> dict[str, Any]:
-            return self.conversation.snapshot()
+            return snapshot(self.conversation)
 
         return self.call(look())
 

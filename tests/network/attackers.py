@@ -211,7 +211,7 @@ class Rogue:
         self.heard: deque[Message] = deque(maxlen=1000)
         self.judge: Callable[[Message], Awaitable[None]] = nothing
         self.now: tuple[int, int] = (-1, -1)
-        self.ended = asyncio.Event()
+        self.ended, self.writing = asyncio.Event(), asyncio.Lock()
         self.reading = asyncio.ensure_future(self.read())
 
     @classmethod
@@ -252,7 +252,8 @@ class Rogue:
 
     async def say(self, *messages: Message | bytes) -> None:
         for message in messages:
-            await self.stream.write(message if isinstance(message, bytes) else encoded(message))
+            async with self.writing:
+                await self.stream.write(message if isinstance(message, bytes) else encoded(message))
 
     async def hears(self, kind: type[Message], seconds: float = 5) -> Any:
         """Returns the first message of a kind, as soon as it is there."""

@@ -43,6 +43,7 @@ class Federation:
     roster: Roster
     moment: tuple[int, int]
     frame: Frame
+    organiser: Ed25519PrivateKey
 
     def host(self, peer: int) -> Identity:
         member = self.roster.of_peer(peer)
@@ -74,7 +75,8 @@ def federation(seed: int = 0) -> Federation:
         "half": torch.zeros(4, dtype=torch.bfloat16),
         "q": torch.zeros(5, dtype=torch.int8),
     }
-    return Federation({i.id: i for i in identities}, unsigned.sealed_by(keys[0]), MOMENT, Frame("fp32", LAYOUT, body))
+    frame = Frame("fp32", LAYOUT, body)
+    return Federation({i.id: i for i in identities}, unsigned.sealed_by(keys[0]), MOMENT, frame, keys[0])
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,17 @@ LISTENING: list[tuple[str, Any]] = [
     ("grpc.max_connection_idle_ms", 10_000),
     ("grpc.max_concurrent_streams", 4),
 ]
+OVER = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, asyncio.CancelledError)
+"""What gRPC raises where a call has ended."""
 REFUSED = ("Connection refused", "No route to host")
 """What the system says where nobody listens."""
+
+
+def let_through(error: BaseException) -> None:
+    """Raises a cancellation of the task again; gRPC raises the same where the call was ended on this side."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error
 
 
 class GrpcStream:
@@ -69,7 +78,8 @@ class GrpcStream:
     async def read(self) -> bytes | None:
         try:
             message = await self.call.read()
-        except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+        except OVER as error:
+            let_through(error)
             message = grpc.aio.EOF
         if isinstance(message, bytes) and not self.ended:
             return message
@@ -80,7 +90,8 @@ class GrpcStream:
         if not self.ended:
             try:
                 await self.call.write(message)
-            except (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            except OVER as error:
+                let_through(error)
                 self.ended = True
 
     async def close(self) -> None:
@@ -123,6 +134,7 @@ class GrpcTransport:
                 credentials = grpc.dynamic_ssl_server_credentials(self.admitted(), self.admitted, True)
                 port = self.server.add_secure_port(at, credentials)
         except RuntimeError:
+            await self.server.stop(None)
             raise UserError(
                 f"Cannot listen at {at}: the address is not this machine's, or the port is taken; give another one."
             ) from None

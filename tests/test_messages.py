@@ -41,7 +41,7 @@ said = st.one_of(
         seen=st.lists(st.tuples(indices, numbers), max_size=4),
     ),
     st.builds(Settle, now=moments, taken=st.lists(st.tuples(indices, indices, numbers, numbers), max_size=4)),
-    st.builds(Pull, sender=indices, sequence=numbers, offset=numbers),
+    st.builds(Pull, sender=indices, sequence=numbers, offset=st.integers(0, 2**63 - 1)),
     st.builds(Have, sender=indices, sequence=numbers),
     st.builds(Close, round=numbers, edges=st.lists(st.tuples(indices, indices), max_size=4)),
     st.builds(Refused, why=st.text([chr(c) for c in range(32, 127)], max_size=1000)),

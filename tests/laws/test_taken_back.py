@@ -13,7 +13,7 @@ from dfl_lora.mixing import MIXINGS
 from dfl_lora.networks import Arrived, Undone
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
-from dfl_lora.rounds import Method, gain, mix
+from dfl_lora.rounds import Method, gain, mix, take_back
 from dfl_lora.schedules import SCHEDULES, Head
 
 RandomPeers = Callable[[Method], Peers]
@@ -94,3 +94,12 @@ def test_what_is_taken_back_of_an_absent_peer_is_taken_back_all_the_same(random_
     absent = method.absence(2)
     mix(peers, replace(method.schedule(2), absent=absent), graph, 2, method, network)
     assert torch.allclose(peers.x.mean(0), mean, atol=1e-13)
+
+
+def test_frames_of_another_layout_take_nothing_back(random_peers: RandomPeers) -> None:
+    graph = GRAPHS["ring"](7)
+    method = Method(SCHEDULES["lora"]("shared"), lambda t: graph)
+    peers = random_peers(method)
+    before, strange = peers.x.clone(), Frame("fp32", "0" * 64, {"x": torch.ones(3)})
+    take_back(peers, [Undone(0, 1, 1, 0, strange, strange)], method)
+    assert torch.equal(peers.x, before)

@@ -10,37 +10,32 @@ copied. In the other direction the numbers are copied once, into the same views 
 Tensors lie by type, then by name, so that each is aligned (`codecs.frames`).
 """
 
+import mmap
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import hypot, prod
-from mmap import mmap
 
 import torch
 from torch import Tensor
 
 from dfl_lora.codecs.frames import ORDER, Frame
 
-if sys.platform == "linux":
-    from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE
-
 PIECE = 2**18
 """Numbers in a part of a norm. Float64 takes 2 MiB for them, and is 8 times as fast as at once: 9 ms for 100 MB."""
-
-
 LARGE = 4 * 2**20
 """Bytes from which a body lies in huge pages: to fill 100 MB takes 7 ms then, and 90 in small ones."""
-Room = bytearray | mmap
+Room = bytearray | mmap.mmap
 
 
 def room(length: int) -> Room:
     """Returns so many zeros to be written over."""
     if length < LARGE or sys.platform != "linux":
         return bytearray(length)
-    pages = mmap(-1, length, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
-        pages.madvise(MADV_HUGEPAGE)
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 

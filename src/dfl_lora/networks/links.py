@@ -25,7 +25,7 @@ BYE_S = 1.0
 """For a last word to arrive."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.3, 5.0, 30.0
 MOST_UNREAD = 10_000
-"""Short messages that wait for an end that does not read."""
+"""Short messages that wait for an end that does not read; it is cut off when it says more."""
 MOST_TOLD = 1000
 """Refusals and dials that went wrong, of which one is told; the rest is silent until a link is made."""
 COMPARED: tuple[tuple[str, str], ...] = (
@@ -65,13 +65,12 @@ class Link:
         self.due.set()
 
     async def write_outbox(self) -> None:
-        """Writes what is said, for as long as the link lives; an end that does not read is cut off."""
-        while len(self.outbox) < MOST_UNREAD:
+        """Writes what is said, for as long as the link lives."""
+        while True:
             await self.due.wait()
             self.due.clear()
             while self.outbox:
                 await self.write(self.outbox.popleft())
-        await self.stream.close()
 
     async def write(self, content: bytes) -> None:
         """Writes one message when those before are written: a body takes turns with what is said."""
@@ -281,7 +280,7 @@ class Links:
             while (content := await link.stream.read()) is not None and self.open.get(id) is link:
                 link.received += len(content)
                 self.take(link, content)
-                if standing.state == "gone":
+                if standing.state == "gone" or len(link.outbox) > MOST_UNREAD:
                     break
         finally:
             writer.cancel()

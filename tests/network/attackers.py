@@ -263,10 +263,6 @@ class Rogue:
             await asyncio.sleep(0.01)
         return found[0]
 
-    async def announces(self) -> list[Announce]:
-        await self.hears(Announce)
-        return [m for m in self.heard if isinstance(m, Announce)]
-
     async def close(self) -> None:
         await self.stream.close()
         self.reading.cancel()

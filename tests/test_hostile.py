@@ -35,8 +35,6 @@ from network.attackers import (
 )
 from network.processes import Line, until
 
-HERE = Settle(now=(1, 0), taken=[])
-"""Says that a neighbour is behind: it is waited for."""
 CUT_OFF_S = 10.0
 """Within which whoever does not get to a hello is cut off."""
 
@@ -263,7 +261,7 @@ def test_frames_of_another_and_frames_again_are_refused(siege: Attacked) -> None
 
 def test_a_body_of_100_gb_is_refused_before_anything_is_allocated_for_it(siege: Attacked) -> None:
     async def attack() -> Rogue:
-        near = await siege.linked(siege.identities[NEAR], says=HERE)
+        near = await siege.linked(siege.identities[NEAR], far=False)
 
         async def judge(message: Message) -> None:
             if isinstance(message, Announce):
@@ -286,7 +284,7 @@ def test_a_body_that_comes_byte_by_byte_is_waited_for_until_the_deadline(siege: 
     slow = Recorder(siege.port)
 
     async def attack() -> Rogue:
-        near = await siege.linked(siege.identities[NEAR], slow.port, says=HERE)
+        near = await siege.linked(siege.identities[NEAR], slow.port, far=False)
 
         async def judge(message: Message) -> None:
             if isinstance(message, Announce):
@@ -335,7 +333,7 @@ def test_a_message_that_is_larger_than_any_ends_the_link_and_a_member_that_garbl
 FLOODS: dict[str, Callable[[Attacked, Rogue, int], Message | bytes]] = {
     "pulls of everything": lambda s, r, n: Pull(sender=VICTIM, sequence=n // 100, offset=0),
     "pieces that nobody asked for": lambda s, r, n: Chunk(r.roster.num_peers - 1, n, 0, memoryview(bytes(2**16))),
-    "settling": lambda s, r, n: Settle(now=(n, 0), taken=[(NEAR, VICTIM, n, 0)] * 10),
+    "settling": lambda s, r, n: Settle(now=(n, 0), ready=True, taken=[(NEAR, VICTIM, n, 0)] * 10),
     "closing": lambda s, r, n: Close(round=n, edges=[(NEAR, VICTIM), (HONEST, VICTIM), (VICTIM, HONEST)]),
     "the same roster": lambda s, r, n: messages.Roster(s.roster.to_json()),
     "hello": lambda s, r, n: r.hello(),
@@ -360,7 +358,7 @@ def test_a_neighbour_that_pulls_again_and_again_gets_one_body_at_a_time(siege: A
     pieces: list[int] = []
 
     async def attack() -> Rogue:
-        near = await siege.linked(siege.identities[NEAR], says=HERE)
+        near = await siege.linked(siege.identities[NEAR], far=False)
 
         async def judge(message: Message) -> None:
             if isinstance(message, Chunk):

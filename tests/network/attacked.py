@@ -24,8 +24,8 @@ VICTIM, HONEST, WEAK, ELSEWHERE, NEAR, *_, APART = range(NUM_PEERS)
 """Peers, each of a member of its own. From the fourth on all attack: in the place of one others listen, and the last is
 the only one that is no neighbour of the victim."""
 EDGES = [(VICTIM, i) for i in range(1, APART)]
-FAR = Settle(now=(2**53, 0), taken=[])
-"""Says that a neighbour is further on: it is not waited for."""
+FAR = 2**53
+"""A round: a neighbour that says it is there is not waited for."""
 SIZE = 50_000
 """A body has 800 kB."""
 LIMITS = {"deadline_s": 30.0, "grace_s": 0.2, "assemble_s": 20.0}
@@ -90,12 +90,12 @@ class Attacked:
         """Returns a member that has dialled the victim and said nothing yet."""
         return await Rogue.dial(identity, self.roster, CONTRACT, self.roster.members[VICTIM], port or self.port)
 
-    async def linked(self, identity: Identity | None = None, port: int = 0, *, says: Settle = FAR) -> Rogue:
-        """Returns a member that has said the right hello; without a name, one that has done nothing so far."""
+    async def linked(self, identity: Identity | None = None, port: int = 0, *, far: bool = True) -> Rogue:
+        """Returns a member that has said the right hello, and is waited for where it is not far ahead."""
         rogue = await self.rogue(identity or next(self.unused), port)
         await rogue.say(rogue.hello())
-        await rogue.hears(Settle)
-        await rogue.say(says)
+        here = (await rogue.hears(Settle)).now
+        await rogue.say(Settle(now=(FAR, 0) if far else here, ready=True, taken=[]))
         return rogue
 
     def seen(self, identity: Identity) -> Line:

@@ -85,7 +85,7 @@ class Siege:
         self.refused = Counter[str]()
 
     async def begin(self) -> None:
-        transport, limits = GrpcTransport(self.identity), Limits(deadline_s=30, norm_bound=MAX_NORM)
+        transport, limits = GrpcTransport(self.identity), Limits(deadline_s=30, grace_s=30, norm_bound=MAX_NORM)
         given = (self.identity, self.roster, [OWN], self.graph, self.contract, limits, transport, self.told.append)
         self.conversation = Conversation(*given)
         self.conversation.border.most_strikes = 10**9

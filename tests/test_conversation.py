@@ -3,13 +3,16 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dfl_lora.membership.roster import Roster
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.conversation import Limits
-from dfl_lora.networks.messages import CHUNK_BYTES, Chunk, Have, decoded
+from dfl_lora.networks.links import Link
+from dfl_lora.networks.messages import CHUNK_BYTES, Chunk, Close, Have, Message, decoded
 from dfl_lora.peers import Peers
 from dfl_lora.rounds import Method, mix, take_back
 from dfl_lora.schedules import SCHEDULES
@@ -25,6 +28,14 @@ def exchange(
     meeting: Meeting, t: int, k: int = 0, parties: Sequence[Party] | None = None, size: int = 100
 ) -> list[Arrived]:
     return meeting.at_once(lambda p: p.exchange(t, k, meeting.graph, frames_of(p, t, size)), parties)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits until something is so, for 10 s at the most."""
+    deadline = time.monotonic() + 10
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert true()
 
 
 def senders(arrived: Arrived, i: int) -> list[int]:
@@ -289,6 +300,97 @@ def test_one_that_begins_again_from_its_checkpoint_is_told_apart_and_its_flows_a
         assert [(u.peer, u.neighbour, u.round) for u in arrived[0].undone] == [(0, 1, 2)]
         assert [senders(a, i) for i, a in enumerate(arrived)] == [[1], [0]]
         assert not any(first.conversation.border.strikes(id) for id in first.conversation.border.refused)
+
+
+def test_of_two_processes_with_one_identity_the_later_one_is_linked_and_both_are_told() -> None:
+    """They do not take the link from each other, and nobody is banned for it."""
+    with Meeting([[0], [1]], "line") as meeting:
+        meeting.assemble()
+        first = meeting.parties[0]  # the smaller id dials
+        twin = meeting.join(0)
+        meeting.parties.append(twin)
+        until(lambda: bool(first.events("refused")))
+        assert "two processes have this identity" in first.events("refused")[0]["why"]
+        other = meeting.parties[1].conversation
+        assert "two processes have this identity" in meeting.parties[1].events("refused")[0]["why"]
+        assert other.links.open[first.conversation.identity.id].hello.session == twin.conversation.session
+        assert not other.border.refused
+        assert other.links.standing[first.conversation.identity.id].links == 2
+
+
+def test_one_that_is_rounds_behind_is_waited_for_no_longer_than_the_grace() -> None:
+    with Meeting([[0], [1]], "line", Limits(deadline_s=60, grace_s=0.3, assemble_s=10)) as meeting:
+        meeting.assemble()
+        quick, slow = meeting.parties
+        quick.conversation.limits = Limits(deadline_s=0.3, grace_s=0.3)
+        for t in range(1, 4):
+            quick.exchange(t, 0, meeting.graph, frames_of(quick, t))
+        quick.conversation.limits = Limits(deadline_s=60, grace_s=0.3)
+        slow.exchange(1, 0, meeting.graph, frames_of(slow, 1))
+        start = time.perf_counter()
+        quick.exchange(4, 0, meeting.graph, frames_of(quick, 4))
+        assert 0.2 < time.perf_counter() - start < 5
+        assert quick.events("failed-edge")[-1]["why"].endswith("rounds behind")
+
+
+def test_one_that_begins_again_does_not_wait_for_the_lost_where_others_have_gone_on() -> None:
+    with Meeting(ONE_EACH, "ring", Limits(deadline_s=60, grace_s=0.3, assemble_s=60)) as meeting:
+        meeting.assemble()
+        exchange(meeting, 1)
+        for gone in (meeting.parties.pop(3), meeting.parties.pop(2)):
+            gone.call(gone.conversation.close("stopped"))
+        exchange(meeting, 2)
+        exchange(meeting, 3)
+        again = meeting.join(2, first=2)
+        meeting.parties.append(again)
+        start = time.perf_counter()
+        again.call(again.conversation.assemble())  # peer 3 does not come back
+        assert time.perf_counter() - start < 10
+        assert again.events("absent")[0]["peers"] == [3]
+
+
+def test_a_close_of_an_earlier_round_opens_no_edge_again() -> None:
+    with Meeting([[0], [1]], "line") as meeting:
+        meeting.assemble()
+        conversation = meeting.parties[0].conversation
+        conversation.next = (5, 0)
+        link = next(iter(conversation.links.open.values()))
+        for round in (5, 4, 99):
+            conversation.take_close(link, Close(round=round, edges=[(1, 0)]))
+        assert conversation.closed == {(0, 1): 5}
+
+
+def test_a_roster_that_cannot_be_written_down_counts_all_the_same() -> None:
+    with Meeting(ONE_EACH, "ring") as meeting:
+        meeting.assemble()
+        older, first = meeting.federation.roster, meeting.parties[0]
+
+        def keep(roster: Roster) -> None:
+            raise OSError(28, "No space left on device")
+
+        first.conversation.keep = keep
+        newer = replace(older, epoch=2).sealed_by(meeting.federation.organiser)
+        meeting.loop.call_soon_threadsafe(meeting.parties[2].conversation.adopt, newer)
+        until(lambda: all(p.conversation.roster.epoch == 2 for p in meeting.parties))
+        assert "No space left" in first.events("error")[0]["why"]
+        assert [len(a.frames[i]) for i, a in enumerate(exchange(meeting, 1))] == [2] * 4
+
+
+def test_whatever_goes_wrong_on_a_link_it_is_dialled_again() -> None:
+    with Meeting([[0], [1]], "line", PATIENT) as meeting:
+        meeting.assemble()
+        dialler, heard = meeting.parties[0].conversation, list[Message]()
+
+        def breaks(link: Link, message: Message) -> None:
+            heard.append(message)
+            dialler.heard = whole  # type: ignore[method-assign]
+            raise RuntimeError("something nobody thought of")
+
+        whole = dialler.heard
+        dialler.heard = breaks  # type: ignore[method-assign]
+        exchange(meeting, 1)
+        assert heard and "nobody thought of" in meeting.parties[0].events("error")[0]["why"]
+        assert dialler.links.standing[meeting.parties[1].conversation.identity.id].links == 2
 
 
 @pytest.mark.parametrize("key", ["recipe", "base", "frozen", "start"])

@@ -53,15 +53,15 @@ def test_frames_are_kept_until_the_other_end_tells_the_same() -> None:
     assert ledger.applied() == [(0, 1, 3, 0)]
     assert ledger.taken_from(1) == {(3, 0)}
     assert ledger.frames == {EDGE: (OWN, THEIRS)}
-    assert not ledger.settle(EDGE, (3, 0), (4, 0))
+    assert ledger.settle(EDGE, (3, 0), (4, 0)) == "agreed"
     assert not ledger.frames
     assert ledger.collect() == []
 
 
 def test_what_the_other_end_did_not_take_in_is_undone_once() -> None:
     ledger = after((3, 0))
-    assert ledger.settle(EDGE, (2, 0), (4, 0))
-    assert not ledger.settle(EDGE, (2, 0), (4, 0))
+    assert ledger.settle(EDGE, (2, 0), (4, 0)) == "undone"
+    assert ledger.settle(EDGE, (2, 0), (4, 0)) == "agreed"
     assert ledger.collect() == [Undone(0, 1, 3, 0, OWN, THEIRS)]
     assert ledger.collect() == []
     assert ledger.taken == {EDGE: (2, 0)}
@@ -70,13 +70,13 @@ def test_what_the_other_end_did_not_take_in_is_undone_once() -> None:
 @pytest.mark.parametrize("now", [(3, 0), (2, 1)])
 def test_nothing_is_judged_while_the_other_end_may_yet_take_it_in(now: Moment) -> None:
     ledger = after((3, 0))
-    assert not ledger.settle(EDGE, (2, 0), now)
+    assert ledger.settle(EDGE, (2, 0), now) == "open"
     assert ledger.frames == {EDGE: (OWN, THEIRS)}
 
 
 def test_what_the_other_end_took_in_alone_is_for_the_other_end_to_take_back() -> None:
     ledger = after((3, 0))
-    assert not ledger.settle(EDGE, (4, 0), (5, 0))
+    assert ledger.settle(EDGE, (4, 0), (5, 0)) == "agreed"
     assert ledger.taken == {EDGE: (3, 0)}
     assert ledger.collect() == []
 
@@ -94,6 +94,6 @@ def test_nothing_is_kept_of_an_exchange_that_the_other_end_has_told_already() ->
 def test_one_that_begins_again_has_no_frames_to_take_back() -> None:
     """It knows what it took in, from its checkpoint; the frames went with the process."""
     ledger = Ledger.of([(0, 1, 3, 0)])
-    assert not ledger.settle(EDGE, (2, 0), (4, 0))
+    assert ledger.settle(EDGE, (2, 0), (4, 0)) == "lost"
     assert ledger.taken == {EDGE: (2, 0)}
     assert ledger.collect() == []

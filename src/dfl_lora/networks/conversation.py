@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal
 
+from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
 from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.roster import Member, Roster
@@ -23,6 +24,7 @@ from dfl_lora.networks.edges import Applied, Edge, Ledger, Moment, Open
 from dfl_lora.networks.links import Link, Links, Observe
 from dfl_lora.networks.messages import (
     BEFORE,
+    MOST_BYTES,
     PROTOCOL,
     Announce,
     Chunk,
@@ -94,6 +96,8 @@ class Conversation:
         self.current: Open | None = None
         self.pulls = Pulls(self.border, self.ledger)
         self.positions: dict[str, Moment] = {}
+        self.begun = set[str]()
+        self.ready = False
         self.closed: dict[Edge, int] = {}
         self.sequence = 0
         self.changed = asyncio.Event()
@@ -113,15 +117,22 @@ class Conversation:
         await self.links.close(why)
 
     async def assemble(self) -> None:
-        """Waits until every neighbour is linked, at most `assemble_s`."""
+        """Waits until every neighbour is linked, at most `assemble_s`; not for the lost where others have gone on."""
         start = told = monotonic()
         while (missing := self.missing()) and monotonic() - start < self.limits.assemble_s:
+            if self.left_behind() and monotonic() - start > self.limits.grace_s:
+                break
             await self.pause()
             if monotonic() - told > TELL_S:
                 told = monotonic()
                 self.tell("waiting", None, missing, "no link yet")
         if missing:
-            self.tell("absent", None, missing, f"no link within {self.limits.assemble_s:g} s, this one begins without")
+            self.tell("absent", None, missing, f"no link after {monotonic() - start:.0f} s, this one begins without")
+        self.ready = True
+
+    def left_behind(self) -> bool:
+        """Tells whether a neighbour has begun and is further on."""
+        return any(id in self.begun and moment[0] > self.next[0] for id, moment in self.positions.items())
 
     async def exchange(self, moment: Moment, graph: Graph, outgoing: Mapping[int, Outgoing]) -> Arrived:
         """Announces the hosted peers' frames, pulls their neighbours', and returns what both ends have."""
@@ -137,7 +148,7 @@ class Conversation:
         if frames:
             longest = max(1.0, *(norm_of(frame) for frame in frames.values()))
             self.border.expect(moment, Expectation.of(next(iter(frames.values()))), self.limits.norm_bound * longest)
-        self.next = moment
+        self.next, self.ready = moment, True
         for link in self.links.open.values():
             self.announce(link)
         self.pulls.look_back(self.next)
@@ -170,9 +181,11 @@ class Conversation:
             return f"it was not ready within {self.limits.deadline_s:g} s"
         if member.id not in self.links.open:
             return None if self.lately_lost(member.id) else f"there is no link ({self.links.standing[member.id].why})"
-        if self.positions.get(member.id, BEFORE) > moment:
+        there = self.positions.get(member.id, BEFORE)
+        if there > moment:
             return "it is further on"
-        return None
+        behind = moment[0] - there[0] - (member.id in self.begun)
+        return f"it is {behind} rounds behind" if behind > 0 and waited > self.limits.grace_s else None
 
     def tell_failed(self, edge: Edge, moment: Moment, why: str) -> None:
         """Tells that an edge failed, once for each reason until it works again."""
@@ -260,7 +273,9 @@ class Conversation:
 
     def settle(self, member: Member) -> Settle:
         edges = [(i, j) for i in sorted(self.hosted) for j in self.graph.neighbours(i) if j in member.peers]
-        return Settle(now=self.next, taken=[(*edge, *self.ledger.taken.get(edge, BEFORE)) for edge in edges])
+        return Settle(
+            now=self.next, ready=self.ready, taken=[(*edge, *self.ledger.taken.get(edge, BEFORE)) for edge in edges]
+        )
 
     # ---- the links' side
 
@@ -289,7 +304,7 @@ class Conversation:
         """Counts on from the sequences the other end has seen, and says all that matters to it."""
         self.sequence = max([self.sequence, *(n for i, n in link.hello.seen if i in self.hosted and n < MOST_SEEN)])
         if link.hello.epoch < self.roster.epoch:
-            link.say(messages.Roster(self.roster.to_json()))
+            self.hand_on(link)
         self.announce(link)
         self.changed.set()
 
@@ -323,19 +338,24 @@ class Conversation:
     def compare(self, link: Link, theirs: Settle) -> None:
         """Compares what the two ends took in; what the other end took in of this exchange, it has."""
         self.positions[link.member.id] = theirs.now
+        (self.begun.add if theirs.ready else self.begun.discard)(link.member.id)
         now = AT_LAST if link.restarted else theirs.now
         for i, j, t, k in theirs.taken:
             if i not in link.member.peers or j not in self.hosted:
                 continue
             if self.current is not None and self.current.moment == (t, k):
                 self.current.acknowledged |= {(j, i)} & self.current.edges
-            if self.ledger.settle((j, i), (t, k), now):
-                self.tell("taken-back", link.member, [j, i], f"peer {i} did not take in what peer {j} did")
+            verdict, why = self.ledger.settle((j, i), (t, k), now), f"peer {i} did not take in what peer {j} did"
+            if verdict == "undone":
+                self.tell("taken-back", link.member, [j, i], why)
+            elif verdict == "lost":
+                self.tell("unsettled", link.member, [j, i], f"{why} before it began again: the mean has moved")
         link.restarted = False
 
     def take_close(self, link: Link, message: Close) -> None:
         edges = {(j, i) for i, j in message.edges if i in link.member.peers and j in self.hosted}
-        self.closed |= dict.fromkeys(edges, message.round)
+        if message.round <= self.next[0] + 1:
+            self.closed |= {edge: max(message.round, self.closed.get(edge, -1)) for edge in edges}
         if self.current is not None and self.current.moment[0] == message.round:
             self.current.out |= edges & self.current.edges
 
@@ -355,7 +375,6 @@ class Conversation:
             return
         self.roster = self.border.roster = self.links.roster = roster
         self.transport.trust(roster)
-        self.keep(roster)
         self.tell("roster", None, [], f"epoch {roster.epoch} with {len(roster.members)} members")
         for id, link in list(self.links.open.items()):
             member = roster.member(id)
@@ -363,9 +382,21 @@ class Conversation:
                 self.background(self.links.drop(id, "refused", f"it is no member of epoch {roster.epoch}"))
             else:
                 link.member = member
-                link.say(messages.Roster(roster.to_json()))
+                self.hand_on(link)
         self.links.want(self.neighbours())
         self.changed.set()
+        try:
+            self.keep(roster)
+        except (OSError, UserError) as error:
+            self.tell("error", None, [], f"epoch {roster.epoch} of the roster could not be written down: {error}")
+
+    def hand_on(self, link: Link) -> None:
+        """Gives a member the roster, where a message can hold it."""
+        content = self.roster.to_json()
+        if len(content) < MOST_BYTES:
+            link.say(messages.Roster(content))
+        else:
+            self.tell("roster", link.member, [], "the roster is too large for a link: copy roster.json to that member")
 
     def refused(self, id: str, refusal: Refusal) -> None:
         """Tells of the first refusal of its kind and member."""

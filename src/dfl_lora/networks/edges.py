@@ -12,6 +12,7 @@ is preceded by a `settle`, one exchange at most is open on an edge.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.networks import Undone
@@ -20,6 +21,7 @@ from dfl_lora.networks.messages import BEFORE
 Edge = tuple[int, int]
 """(hosted peer, peer of another member)."""
 Moment = tuple[int, int]
+Verdict = Literal["open", "agreed", "undone", "lost"]
 Applied = Sequence[tuple[int, int, int, int]]
 """(hosted peer, neighbour, round, exchange) for each edge: what the hosted peers took in last."""
 
@@ -95,19 +97,25 @@ class Ledger:
                     continue  # the other end was quicker, and has told already
                 self.frames[edge] = exchange.frames[edge[0]], exchange.got[edge[1]]
 
-    def settle(self, edge: Edge, theirs: Moment, now: Moment) -> bool:
-        """Compares with what the other end took in last; what lies before `now` is final. Tells if a flow is undone."""
+    def settle(self, edge: Edge, theirs: Moment, now: Moment) -> Verdict:
+        """Compares with what the other end took in last; what lies before `now` is final.
+
+        `open`: it may yet take it in. `agreed`: both took in the same, or the other end has something to take back.
+        `undone`: the flow of the own last exchange is to be taken back. `lost`: it should be, but its frames went with
+        a process that ended.
+        """
         own = self.taken.get(edge, BEFORE)
         self.told[edge] = theirs
         if own >= now and own != theirs:
-            return False  # the other end is still in that exchange: it may yet take it in
+            return "open"
         kept = self.frames.pop(edge, None)
         if own <= theirs:
-            return False
+            return "agreed"
         self.taken[edge] = theirs
-        if kept is not None:
-            self.undone.append(Undone(*edge, *own, *kept))
-        return kept is not None
+        if kept is None:
+            return "lost"
+        self.undone.append(Undone(*edge, *own, *kept))
+        return "undone"
 
     def collect(self) -> list[Undone]:
         """Returns what is to be taken back, once."""

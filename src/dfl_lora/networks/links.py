@@ -21,13 +21,15 @@ from dfl_lora.networks.transport import Stream, Transport, Unreachable
 
 HELLO_S = 10.0
 """Within which a hello must have come; also of a dial."""
+MOST_SESSIONS = 8
+"""Processes of one member that are remembered, to tell one that began again from two at a time."""
 BYE_S = 1.0
 """For a last word to arrive."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.3, 5.0, 30.0
 MOST_UNREAD = 10_000
 """Short messages that wait for an end that does not read; it is cut off when it says more."""
-MOST_TOLD = 1000
-"""Refusals and dials that went wrong, of which one is told; the rest is silent until a link is made."""
+MOST_TOLD = 100
+"""Reasons of each member, and of all strangers, that are told; the rest is silent until a link is made."""
 COMPARED: tuple[tuple[str, str], ...] = (
     ("protocol", "protocol version"),
     ("federation", "federation"),
@@ -58,18 +60,21 @@ class Link:
     outbox: deque[bytes] = field(default_factory=deque)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     due: asyncio.Event = field(default_factory=asyncio.Event)
+    cut: asyncio.Future[None] | None = None
 
     def say(self, *messages: Message) -> None:
-        """Puts short messages into the outbox; they go out in this order."""
+        """Puts short messages into the outbox; they go out in this order. An end that does not read is cut off."""
         self.outbox.extend(map(encoded, messages))
         self.due.set()
+        if len(self.outbox) > MOST_UNREAD and self.cut is None:
+            self.cut = asyncio.ensure_future(self.stream.close())
 
     async def write_outbox(self) -> None:
         """Writes what is said, for as long as the link lives."""
-        while True:
+        while self.cut is None:
             await self.due.wait()
             self.due.clear()
-            while self.outbox:
+            while self.outbox and self.cut is None:
                 await self.write(self.outbox.popleft())
 
     async def write(self, content: bytes) -> None:
@@ -90,7 +95,8 @@ class Standing:
     links: int = 0
     sent: int = 0
     received: int = 0
-    session: str = ""
+    sessions: list[str] = field(default_factory=list)
+    """Of the processes that were linked, the last one last; the same one may be linked many times."""
 
     def turn(self, state: State, why: str = "") -> None:
         if state != self.state:
@@ -189,6 +195,9 @@ class Links:
             link = await self.meet(stream, dialled)
             if link is not None:
                 await self.talk(link)
+        except Exception as error:  # the border of a link: whatever goes wrong ends it, and it is dialled again
+            member = link.member if link else dialled
+            self.tell("error", member, f"{type(error).__name__}: {error}", stream.address)
         finally:
             if link is not None:
                 self.end(link)
@@ -247,6 +256,8 @@ class Links:
                 )
         if dialled is None and self.dials(member):
             return f"{member.id[:8]} dialled, but in this pair {self.own[:8]} dials"
+        if member.id in self.open and theirs.session in self.standing[member.id].sessions[:-1]:
+            return "two processes have this identity, and another one is linked; end one of them"
         return self.host.barred(member)
 
     async def refuse(self, stream: Stream, member: Member | None, why: str) -> None:
@@ -265,12 +276,13 @@ class Links:
         """Reads until the link ends."""
         id, older = link.member.id, self.open.get(link.member.id)
         standing = self.standing.setdefault(id, Standing())
-        link.restarted = standing.session not in ("", link.hello.session)
+        link.restarted = bool(standing.sessions) and standing.sessions[-1] != link.hello.session
         self.open[id] = link
         if older is not None:
             await older.stream.close()
         standing.links += 1
-        standing.session = link.hello.session
+        standing.sessions = [s for s in standing.sessions if s != link.hello.session][1 - MOST_SESSIONS :]
+        standing.sessions.append(link.hello.session)
         standing.turn("linked")
         self.told = {told for told in self.told if told[1] != id}
         self.tell("linked", link.member, address=link.stream.address)
@@ -280,7 +292,7 @@ class Links:
             while (content := await link.stream.read()) is not None and self.open.get(id) is link:
                 link.received += len(content)
                 self.take(link, content)
-                if standing.state == "gone" or len(link.outbox) > MOST_UNREAD:
+                if standing.state == "gone":
                     break
         finally:
             writer.cancel()
@@ -340,6 +352,6 @@ class Links:
     def tell_once(self, event: str, member: Member | None, why: str, address: str) -> None:
         """Tells an event once for each member and reason until the next link; what is remembered is bounded."""
         key = (event, member.id if member else "", why)
-        if key not in self.told and len(self.told) < MOST_TOLD:
+        if key not in self.told and sum(told[1] == key[1] for told in self.told) < MOST_TOLD:
             self.told.add(key)
             self.tell(event, member, why, address)

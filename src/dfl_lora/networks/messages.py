@@ -69,6 +69,8 @@ class Settle(Said):
     """What each edge took in last; what lies before `now` is final."""
 
     now: Moment
+    ready: bool
+    """Whether the speaker has begun, or still waits for its own neighbours."""
     taken: list[tuple[Index, Index, Number, Number]]
 
 

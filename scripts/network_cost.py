@@ -168,7 +168,7 @@ class Exchanges:
     """The network of a real peer."""
 
     def __init__(self, index: int, folder: Path, port: int) -> None:
-        from dfl_lora.networks.conversation import Contract, Limits
+        from dfl_lora.networks.contract import Contract, Limits
         from dfl_lora.networks.real import PeerNetwork
 
         self.index, self.graph, self.t = index, GRAPHS["line"](2), 0

@@ -10,7 +10,7 @@ import torch
 
 from dfl_lora.membership.roster import Roster
 from dfl_lora.networks import Arrived
-from dfl_lora.networks.conversation import Limits
+from dfl_lora.networks.contract import Limits
 from dfl_lora.networks.links import Link
 from dfl_lora.networks.messages import CHUNK_BYTES, Chunk, Close, Have, Message, decoded
 from dfl_lora.peers import Peers

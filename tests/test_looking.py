@@ -9,7 +9,7 @@ from dfl_lora.graphs import Graph
 from dfl_lora.hosting import looking
 from dfl_lora.membership.identity import new_identity
 from dfl_lora.membership.roster import Member, first_roster, write_roster
-from dfl_lora.networks.conversation import Contract, Limits
+from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from dfl_lora.membership.identity import Identity, new_identity, pem
 from dfl_lora.membership.roster import Member, Roster
-from dfl_lora.networks.conversation import Contract
+from dfl_lora.networks.contract import Contract
 from dfl_lora.networks.grpc_transport import METHOD, SERVICE, GrpcStream, grpc
 from dfl_lora.networks.messages import PROTOCOL, Chunk, Hello, Message, Settle, decoded, encoded
 from dfl_lora.networks.transport import Stream

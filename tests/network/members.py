@@ -15,7 +15,8 @@ from dfl_lora.graphs import GRAPHS, Graph
 from dfl_lora.membership.identity import Identity, new_identity, public_of
 from dfl_lora.membership.roster import Member, Roster
 from dfl_lora.networks import Arrived
-from dfl_lora.networks.conversation import Contract, Conversation, Limits
+from dfl_lora.networks.contract import Contract, Limits
+from dfl_lora.networks.conversation import Conversation
 from dfl_lora.networks.edges import Applied
 from dfl_lora.networks.links import Event
 from dfl_lora.networks.real import ready_to_go

@@ -24,7 +24,8 @@ from dfl_lora.membership.identity import new_identity
 from dfl_lora.membership.roster import Member, Roster
 from dfl_lora.networks.body import Expectation, body_of
 from dfl_lora.networks.border import NO_STRIKE
-from dfl_lora.networks.conversation import Contract, Conversation, Limits
+from dfl_lora.networks.contract import Contract, Limits
+from dfl_lora.networks.conversation import Conversation
 from dfl_lora.networks.grpc_transport import GrpcTransport
 from dfl_lora.networks.links import Event
 from dfl_lora.networks.messages import Announce, Chunk, Have, Message, Pull

@@ -22,7 +22,7 @@ from dfl_lora.graphs import Graph
 from dfl_lora.membership.identity import load_identity
 from dfl_lora.membership.roster import read_roster
 from dfl_lora.networks import Arrived, Network
-from dfl_lora.networks.conversation import Contract, Limits
+from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
 from dfl_lora.networks.refused_handshakes import Listening
 from dfl_lora.peers import Peers

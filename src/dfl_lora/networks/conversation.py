@@ -9,7 +9,6 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from dfl_lora.membership.roster import Member, Roster
 from dfl_lora.networks import Arrived, Undone, messages
 from dfl_lora.networks.body import Expectation, norm_of
 from dfl_lora.networks.border import NO_STRIKE, STRIKES, Border
+from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.edges import Applied, Edge, Ledger, Moment, Open
 from dfl_lora.networks.links import Link, Links, Observe
 from dfl_lora.networks.messages import (
@@ -48,26 +48,6 @@ TELL_S = 10.0
 """Between two lines about who is waited for."""
 MOST_SEEN = 2**53
 """A neighbour that says it has seen more of a peer's frames than that is not believed."""
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What all members agreed to, as digests."""
-
-    recipe: str
-    base: str
-    frozen: str
-    start: str
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a member waits, in seconds, and how long a message may be against the own one."""
-
-    deadline_s: float = 600.0
-    grace_s: float = 3.0
-    assemble_s: float = 600.0
-    norm_bound: float = 1000.0
 
 
 class Conversation:

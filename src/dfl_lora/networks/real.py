@@ -14,7 +14,8 @@ from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.roster import Roster
 from dfl_lora.networks import Arrived, Undone
 from dfl_lora.networks.body import Expectation, body_of, frame_from
-from dfl_lora.networks.conversation import Contract, Conversation, Limits
+from dfl_lora.networks.contract import Contract, Limits
+from dfl_lora.networks.conversation import Conversation
 from dfl_lora.networks.edges import Applied
 from dfl_lora.networks.links import Observe
 from dfl_lora.networks.pulls import Outgoing

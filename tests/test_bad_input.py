@@ -543,6 +543,16 @@ def test_a_full_disk_is_told_in_one_sentence_and_the_run_goes_on_when_there_is_r
     assert outcome(ground.here / "run") == outcome(ground.toy_run)
 
 
+def test_too_many_open_files_end_a_run_with_what_to_do(
+    ground: Ground, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", failing(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 4))
+        assert call(*ground.toy(), "--out", "run") == 3
+    assert "raise the limit with ulimit -n" in one_line(capsys)
+    assert call(*ground.toy(), "--out", "run", "--resume", "--json") == 0
+
+
 def outcome(run: Path) -> list[dict[str, object]]:
     """Returns the lines of a run without what a clock measured."""
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]

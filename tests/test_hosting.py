@@ -2,14 +2,17 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file
@@ -18,7 +21,7 @@ from dfl_lora.build import Federation, build
 from dfl_lora.check import Silence
 from dfl_lora.cli.screen import Screen
 from dfl_lora.hosting import contract_of
-from dfl_lora.membership.identity import create_identity
+from dfl_lora.membership.identity import create_identity, load_identity
 from dfl_lora.membership.roster import Member, first_roster, read_roster, write_roster
 from dfl_lora.node import load_node
 from dfl_lora.reading import load_recipe, resolve
@@ -26,6 +29,8 @@ from dfl_lora.report.page import NOTHING, holdings, peers, read_run
 from dfl_lora.running import open_run
 from dfl_lora.up import HOST, free_ports
 from encoders import equal_bits
+from network.attackers import admitted, context_of, dialled
+from network.processes import until
 from tiny import Content, call, text, toy, written
 
 PATIENCE_S = 120
@@ -46,10 +51,17 @@ def found(folder: Path, hosts: Sequence[Sequence[int]], **node: Any) -> list[Pat
     return [home / "node.yaml" for home in homes]
 
 
-def peer(recipe: Path, node: Path, *more: str) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "dfl_lora", "peer", str(recipe), "--node", str(node), "--json", *more]
+def peer(recipe: Path, node: Path, files: tuple[int, int] | None = None) -> "subprocess.Popen[str]":
+    """Starts a peer that may have so many files open: at first, and when it asks for more."""
+    words = [sys.executable, "-m", "dfl_lora", "peer", str(recipe), "--node", str(node), "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def limit() -> None:
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=limit)
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -77,6 +89,37 @@ def test_two_processes_end_with_the_bits_of_the_simulation(tmp_path: Path) -> No
     began = monotonic()
     assert call("peer", recipe, "--node", nodes[0], "--resume", "--json") == 0  # the others are gone: nothing is left
     assert monotonic() - began < PATIENCE_S
+
+
+def test_strangers_who_open_every_connection_they_can_end_neither_a_peer_nor_its_links(tmp_path: Path) -> None:
+    """It may have 64 files open, and 256 if it asks: half of them are for who dials."""
+    recipe = written(tmp_path / "toy.yaml", toy(peers={"num_peers": 2, "topology": "ring"}, train={"rounds": 10**6}))
+    nodes = found(tmp_path, [[0], [1]])
+    members = read_roster(nodes[0].parent / "roster.json").members
+    listens = max((0, 1), key=lambda i: members[i].id)  # the smaller id dials
+    run, port = nodes[listens].parent / "run", int(members[listens].addresses[0].rpartition(":")[2])
+    processes = [peer(recipe, node, (64, 256) if i == listens else None) for i, node in enumerate(nodes)]
+    honest, attacked = context_of(load_identity(nodes[1 - listens].parent / "identity"), tmp_path), processes[listens]
+
+    def goes_on() -> None:
+        rounds = len(lines_of(run))
+        until(lambda: len(lines_of(run)) > rounds + 5 or attacked.poll() is not None)
+        assert attacked.poll() is None, attacked.communicate()
+
+    try:
+        until(lambda: (run / "rounds.jsonl").exists() and lines_of(run), PATIENCE_S)
+        with ExitStack() as strangers:
+            for _ in range(400):
+                strangers.enter_context(dialled(port))
+            goes_on()
+            assert 128 < psutil.Process(attacked.pid).num_fds() < 256
+        until(lambda: admitted(port, honest))
+        goes_on()
+        assert "lost" not in {json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()}
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def text_peer(folder: Path, model: Path, rows: Path, *, own_rows: bool) -> Federation:

@@ -5,6 +5,7 @@ not take in is taken back, and the adapters of the hosted peers are written: nob
 """
 
 import hashlib
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from dfl_lora.build import Federation
 from dfl_lora.errors import UserError
 from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.roster import Roster, read_roster, write_roster
-from dfl_lora.networks.conversation import Contract, Limits
+from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
 from dfl_lora.networks.refused_handshakes import Listening
 from dfl_lora.node import Node
@@ -59,6 +60,7 @@ def host(
     overwrite: bool,
 ) -> Line:
     """Runs a node's peers of a recipe to the end in directory `run` and returns the summary; `tell` shows events."""
+    open_more_files()
     prepare(run, resume, overwrite)
     federation = build_for(node.over(recipe), run, node.peers, resume=resume)
     if roster.recipe not in ("", federation.digest):
@@ -84,6 +86,13 @@ def host(
                 watch.happened({"event": "warning", "member": None, "peers": [], "why": INSECURE})
             take_part(running, node, identity, roster, contract, watch)
             return running.end()
+
+
+def open_more_files() -> None:
+    """Lets this process open as many files as the system lets it: each link is one."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # macOS says that there is no limit, and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def take_part(

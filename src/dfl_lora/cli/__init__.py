@@ -28,6 +28,10 @@ NO_ROOM = {
     errno.EDQUOT: "The disk quota is used up",
     errno.EFBIG: "A file grew over the limit of its size",
 }
+NO_FILES = {
+    errno.EMFILE: "This process has too many files open",
+    errno.ENFILE: "This machine has too many files open",
+}
 UsageError = typer.BadParameter.__base__ or typer.BadParameter
 app.command("run")(run.run)
 app.command("train")(train.train)
@@ -77,6 +81,9 @@ def sentence(error: Exception) -> tuple[str, int]:
         if getattr(error, "errno", None) == number or f"os error {number})" in str(error):
             place = getattr(error, "filename", None) or "a file could not be written"
             return f"{said}: {place}; free some space or write to another place.", 2
+    if isinstance(error, OSError) and error.errno in NO_FILES:
+        place = error.filename or "a file or a connection could not be opened"
+        return f"{NO_FILES[error.errno]}: {place}; raise the limit with ulimit -n 65536 and start again.", 3
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'a file'}; give another place.", 2
     return f"The run failed with {type(error).__name__}: {error} Add --debug for the traceback.", 3

@@ -11,6 +11,9 @@ What gRPC for Python does not offer, and what stands in for it:
 - Handshakes that fail are told on standard error alone, at level INFO; `refused_handshakes.py` reads them there.
 - A peer that is frozen is noticed by the ping timeout of HTTP/2 (10 s after a ping that is sent after 10 s of silence);
   `grpc.keepalive_timeout_ms` waits 61 s. 1.5 s was too short on a link of 5 Mbit/s with a full buffer.
+- gRPC accepts any number of connections, until the process can open no file any more. So no more than half of the
+  files that it may open are for who dials; one more is closed at once. Strangers who hold them all lose them after
+  10 s, when the handshake times out, and links that are open go on.
 - What a handshake is made with must not be replaced while another one begins: gRPC 1.85 aborts the process then
   ("Check failed: prior > 0"), and 300 connections that are closed at once were enough. So it is replaced only where
   the roster is another one.
@@ -18,6 +21,7 @@ What gRPC for Python does not offer, and what stands in for it:
 
 import asyncio
 import os
+import resource
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,6 +61,8 @@ LISTENING: list[tuple[str, Any]] = [
 ]
 OVER = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.UsageError, asyncio.CancelledError)
 """What gRPC raises where a call has ended."""
+MOST_CONNECTIONS = 1024
+"""Of those who dial this member, however many files it may open."""
 REFUSED = ("Connection refused", "No route to host")
 """What the system says where nobody listens."""
 
@@ -66,6 +72,12 @@ def let_through(error: BaseException) -> None:
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error
+
+
+def most_connections() -> int:
+    """Returns how many connections are accepted at a time."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, files // 2)
 
 
 class GrpcStream:
@@ -124,7 +136,8 @@ class GrpcTransport:
 
     async def listen(self, at: str, serve: Serve) -> int:
         self.serve = serve
-        self.server = grpc.aio.server(options=OPTIONS + LISTENING)
+        most = ("grpc.max_allowed_incoming_connections", most_connections())
+        self.server = grpc.aio.server(options=[*OPTIONS, *LISTENING, most])
         handler = grpc.stream_stream_rpc_method_handler(self.answer)
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         try:

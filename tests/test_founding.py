@@ -1,5 +1,6 @@
 """`found`, `invite` and `join`: what they write, what of one machine others never see, and two real processes."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from dfl_lora.membership.invitation import Invitation, read_token
 from dfl_lora.membership.roster import read_roster
 from dfl_lora.models.base import locate
 from dfl_lora.node import load_node
+from dfl_lora.preflight import preflight
 from dfl_lora.reading import load_recipe
 from forging import ORGANISER
 from tiny import Content, call, files_of, text, toy, written
@@ -64,6 +66,35 @@ def test_what_belongs_to_one_machine_is_in_its_node_file_and_not_in_the_recipe_o
     here, expected = node.over(shared), load_recipe(recipe)
     assert node.peers == [1, 2]
     assert (here.data, here.model, here.compute) == (expected.data, expected.model, expected.compute)
+    assert checked_digest(here, locate(here.model.name_or_path)) == shared.digest
+
+
+SHAPES: dict[str, dict[str, str]] = {
+    "a table": {"path": "train.csv", "validation": "validation.csv"},
+    "a folder with both splits": {"path": "."},
+    "own rows": {"per_peer": "client_{i}.csv", "validation": "validation.csv"},
+    "own rows and own validation": {"per_peer": "client_{i}.csv", "validation": "held_out_{i}.csv"},
+    "own rows and a folder of which the validation is read": {"per_peer": "client_{i}.csv", "path": "."},
+    "own rows and a table that nobody reads": {
+        "per_peer": "client_{i}.csv", "path": "train.csv", "validation": "validation.csv",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_founders_node_file_goes_with_its_recipe_wherever_rows_are(
+    shape: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    content: Content = text(model, rows / "train.csv", rows / "validation.csv", task={"labels": ["no", "yes"]})
+    folder = shutil.copytree(rows, tmp_path / "rows")
+    for number in (1, 2, 3):
+        shutil.copy(rows / "validation.csv", folder / f"held_out_{number}.csv")
+    content["data"] = {key: str(folder / place) for key, place in SHAPES[shape].items()}
+    assert call("found", written(tmp_path / "text.yaml", content), "--to", tmp_path / "founder", *HERE) == 0
+    shared, node = load_recipe(tmp_path / "founder/recipe.yaml"), load_node(tmp_path / "founder/node.yaml")
+    assert str(tmp_path) not in (tmp_path / "founder/recipe.yaml").read_text()
+    here = node.over(shared)
+    preflight(here, node.peers)
     assert checked_digest(here, locate(here.model.name_or_path)) == shared.digest
 
 

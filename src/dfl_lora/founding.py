@@ -38,6 +38,7 @@ KEYS: Mapping[str, str] = {
 def shared(recipe: Recipe, digest: str) -> str:
     """Returns the recipe as others get it, in YAML, with its digest."""
     content = recipe.model_dump(mode="json", exclude={"compute", "output"}) | {"digest": digest}
+    content["data"]["path"] = recipe.data.path if reads_path(recipe) else None
     for part, found in places(recipe).items():
         content[part] |= {key: last_name(place) for key, place in found.items()}
     head = "# What all members of the federation agree on. What belongs to one machine is in its node.yaml.\n"
@@ -47,12 +48,18 @@ def shared(recipe: Recipe, digest: str) -> str:
 def places(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Returns the keys of a recipe that say where something is on this machine, with that place."""
     data, model = recipe.data, recipe.model.name_or_path
-    found = {"per_peer": data.per_peer, "path": data.path if data.path and is_place(data.path) else None}
-    found["validation"] = data.validation if is_path(data.validation) else None
+    validation = data.validation if is_path(data.validation) else None
+    path = data.path if data.path and reads_path(recipe) and is_place(data.path) else None
+    found = {"per_peer": data.per_peer, "path": path, "validation": validation}
     return {
         "data": {key: absolute(place) for key, place in found.items() if place is not None},
         "model": {"name_or_path": absolute(model)} if is_place(model) else {},
     }
+
+
+def reads_path(recipe: Recipe) -> bool:
+    """Tells whether data.path is read at all: not where rows and validation both are elsewhere."""
+    return recipe.data.per_peer is None or not is_path(recipe.data.validation)
 
 
 def last_name(place: str) -> str:
@@ -74,7 +81,10 @@ def absolute(place: str) -> str:
 def founders_node(recipe: Recipe, peers: Sequence[int], listen: str | None) -> str:
     """Returns the node file of who founds: what the recipe says of this machine, and the peers."""
     here, compute = places(recipe), recipe.compute.model_dump(mode="json", exclude_defaults=True)
-    return node_text(peers, listen, here["data"], here["model"].get("name_or_path"), compute)
+    rows = here["data"]
+    if "per_peer" in rows and "validation" in rows:
+        rows.pop("path", None)  # nobody reads it, and a node file says nothing without effect
+    return node_text(peers, listen, rows, here["model"].get("name_or_path"), compute)
 
 
 def node_text(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from dfl_lora.check import Silence
 from dfl_lora.cli.screen import Screen
 from dfl_lora.hosting import contract_of
 from dfl_lora.membership.identity import create_identity, load_identity
+from dfl_lora.membership.reception import listen_at
 from dfl_lora.membership.roster import Member, first_roster, read_roster, write_roster
 from dfl_lora.node import load_node
 from dfl_lora.reading import load_recipe, resolve
@@ -31,7 +33,7 @@ from dfl_lora.up import HOST, free_ports
 from encoders import equal_bits
 from network.attackers import admitted, context_of, dialled
 from network.processes import until
-from tiny import Content, call, text, toy, written
+from tiny import Content, call, files_of, text, toy, written
 
 PATIENCE_S = 120
 
@@ -225,3 +227,23 @@ def test_what_is_written_down_is_everybodys_recipe_and_not_where_the_rows_are(tm
     recipe, node = alone(tmp_path)
     assert call("peer", recipe, "--node", node, "--json") == 0
     assert load_recipe(node.parent / "run" / "recipe.yaml").data == load_recipe(recipe).data
+
+
+def test_a_port_that_is_taken_leaves_nothing_behind_and_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, (node, _) = written(tmp_path / "toy.yaml", toy(peers={"num_peers": 2})), found(tmp_path, [[0], [1]])
+    run, address = node.parent / "run", read_roster(node.parent / "roster.json").members[0].addresses[0]
+    with listen_at(address):
+        assert call("peer", recipe, "--node", node) == 2
+        assert f"Cannot listen at {address}" in capsys.readouterr().err
+        assert files_of(run) == {}
+        shutil.copytree(earlier_run(tmp_path), run, dirs_exist_ok=True)
+        before = files_of(run)
+        assert call("peer", recipe, "--node", node, "--overwrite") == 2
+        assert files_of(run) == before
+
+
+def earlier_run(folder: Path) -> Path:
+    assert call("run", written(folder / "earlier.yaml", toy()), "--out", folder / "earlier", "--json") == 0
+    return folder / "earlier"

@@ -17,6 +17,7 @@ from torch import Tensor
 from dfl_lora.build import Federation
 from dfl_lora.errors import UserError
 from dfl_lora.membership.identity import Identity
+from dfl_lora.membership.reception import listen_at
 from dfl_lora.membership.roster import Roster, read_roster, write_roster
 from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
@@ -30,6 +31,7 @@ from dfl_lora.running import Observer, Running, Start, build_for, open_run
 from dfl_lora.watching import Look, Watch
 
 INSECURE = "insecure: nothing is encrypted and nobody is who they say; for tests on one machine alone"
+ELSEWHERE = "end the process that listens there, or change listen in the node file and the address in the roster"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def host(
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
         prepare(run, resume, overwrite)
+        if node.listen is not None:  # before anything is written, or an older run is replaced
+            listen_at(node.listen, ELSEWHERE).close()
         contract = contract_of(federation)
         running = open_run(federation, run, observers, resume=resume)
         about = {
@@ -103,7 +107,8 @@ def take_part(
     if running.kept.get("settled"):
         return running.announce()
     f = running.federation
-    limits = Limits(node.deadline_s, node.grace_s, node.assemble_s, node.norm_bound)
+    assemble_s = node.grace_s if running.done else node.assemble_s  # the others may be gone by then
+    limits = Limits(node.deadline_s, node.grace_s, assemble_s, node.norm_bound)
     network = PeerNetwork(
         identity, roster, node.peers, f.graph, contract, limits,
         listen=node.listen, insecure=node.insecure, observe=watch.happened,

@@ -175,7 +175,10 @@ class Reception:
             self.observe(f"Refused {place}: {why}{more}.")
 
 
-def listen_at(address: str) -> socket.socket:
+INVITING = "where this member's own peer is running there, give another port with --listen, one that those who are invited reach"
+
+
+def listen_at(address: str, advice: str = INVITING) -> socket.socket:
     """Returns a socket that listens at an address; raises where it is taken or not of this machine."""
     host, port = split_address(address)
     try:
@@ -183,10 +186,7 @@ def listen_at(address: str) -> socket.socket:
         return socket.create_server(place[:2], family=family)
     except OSError as error:
         said = str(error.strerror).partition(" (")[0]
-        raise UserError(
-            f"Cannot listen at {address} ({said}); where this member's own peer is running there, give "
-            "another port with --listen, one that those you invite can reach."
-        ) from None
+        raise UserError(f"Cannot listen at {address} ({said}); {advice}.") from None
 
 
 def said_of(error: BaseException) -> str:

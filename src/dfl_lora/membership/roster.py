@@ -209,6 +209,8 @@ def read_roster(path: Path) -> Roster:
         return Roster.from_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no roster at {path}; give the place of the one that found or join made.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the file roster.json that found or join made.") from None
     except ValueError as error:
         raise UserError(f"{path} is no good: {error}; fetch it anew from another member.") from None
 

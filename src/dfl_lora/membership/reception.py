@@ -175,7 +175,7 @@ class Reception:
             self.observe(f"Refused {place}: {why}{more}.")
 
 
-INVITING = "where this member's own peer is running there, give another port with --listen, one that those who are invited reach"
+INVITING = "where this member's own peer is running there, give another port with --listen, one that others can reach"
 
 
 def listen_at(address: str, advice: str = INVITING) -> socket.socket:

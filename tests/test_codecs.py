@@ -106,16 +106,6 @@ DTYPES = [
     torch.uint8,
     torch.int16,
 ]
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-]
 tensors = st.builds(
     lambda shape, dtype: torch.zeros(shape, dtype=dtype),
     st.lists(st.integers(0, 5), max_size=3),

@@ -81,10 +81,7 @@ def absolute(place: str) -> str:
 def founders_node(recipe: Recipe, peers: Sequence[int], listen: str | None) -> str:
     """Returns the node file of who founds: what the recipe says of this machine, and the peers."""
     here, compute = places(recipe), recipe.compute.model_dump(mode="json", exclude_defaults=True)
-    rows = here["data"]
-    if "per_peer" in rows and "validation" in rows:
-        rows.pop("path", None)  # nobody reads it, and a node file says nothing without effect
-    return node_text(peers, listen, rows, here["model"].get("name_or_path"), compute)
+    return node_text(peers, listen, here["data"], here["model"].get("name_or_path"), compute)
 
 
 def node_text(

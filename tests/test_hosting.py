@@ -188,13 +188,16 @@ def alone(folder: Path, **keys: Any) -> tuple[Path, Path]:
     return recipe, found(folder, [[0]])[0]
 
 
-def test_a_finished_run_is_resumed_without_any_neighbour(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_resumed_without_any_neighbour_or_port(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe, node = alone(tmp_path)
     assert call("peer", recipe, "--node", node) == 0
     state = (node.parent / "run" / "checkpoint" / "state-000002.safetensors").read_bytes()
     assert call("peer", recipe, "--node", node) == 2
     assert "There is a run in" in capfd.readouterr().err
-    assert call("peer", recipe, "--node", node, "--resume", "--json") == 0
+    with listen_at(read_roster(node.parent / "roster.json").members[0].addresses[0]):
+        assert call("peer", recipe, "--node", node, "--resume", "--json") == 0
     assert json.loads(capfd.readouterr().out)["rounds"] == 2
     assert (node.parent / "run" / "checkpoint" / "state-000002.safetensors").read_bytes() == state
     assert "assembling" not in (node.parent / "run" / "events.jsonl").read_text()

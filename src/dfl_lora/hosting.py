@@ -26,7 +26,7 @@ from dfl_lora.node import Node
 from dfl_lora.preflight import TOY
 from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record, take_back
-from dfl_lora.run_directory import Line, held, prepare
+from dfl_lora.run_directory import RECIPE, Line, held, prepare
 from dfl_lora.running import Observer, Running, Start, build_for, open_run
 from dfl_lora.watching import Look, Watch
 
@@ -76,7 +76,8 @@ def host(
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
         prepare(run, resume, overwrite)
-        if node.listen is not None:  # before anything is written, or an older run is replaced
+        goes_on = resume and (run / RECIPE).exists()  # then nothing is lost, and perhaps nobody needs to listen
+        if node.listen is not None and not goes_on:  # before anything is written, or an older run is replaced
             listen_at(node.listen, ELSEWHERE).close()
         contract = contract_of(federation)
         running = open_run(federation, run, observers, resume=resume)

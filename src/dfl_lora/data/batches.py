@@ -69,13 +69,17 @@ class Order:
     batch_size: int
     shuffle: bool
 
-    def batch(self, shard: Shard, peer: int, cursor: int) -> Batch:
-        """Returns batch number `cursor` of a peer, counted over all epochs."""
+    def rows(self, shard: Shard, peer: int, cursor: int) -> Rows:
+        """Returns the rows of batch number `cursor` of a peer, counted over all epochs."""
         epoch, index = divmod(cursor, shard.num_batches(self.batch_size))
         rows = shard.rows
         if self.shuffle:
             rows = rows[numpy_stream(self.seed, "order", peer, epoch).permutation(len(rows))]
-        return shard.source.collate(rows[index * self.batch_size : (index + 1) * self.batch_size])
+        return rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def batch(self, shard: Shard, peer: int, cursor: int) -> Batch:
+        """Returns batch number `cursor` of a peer, counted over all epochs."""
+        return shard.source.collate(self.rows(shard, peer, cursor))
 
 
 def evaluation_batches(shard: Shard, batch_size: int) -> Iterator[Batch]:

@@ -101,7 +101,7 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     trainer: Learner
     if learner == "stacked":
         tokens = int(recipe.compute.group_tokens)
-        trainer = StackedLearner(base.model, data.peers, work, lora.scaling, tokens)
+        trainer = StackedLearner(base.model, data.peers, work, lora.scaling, tokens, recipe.compute.attention)
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work)
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)

@@ -178,6 +178,7 @@ def test_on_the_embedded_encoder_both_learners_end_with_the_same_peers(tmp_path:
     ends = []
     for name in ("stacked", "sequential"):
         federation = build(recipe, learner=name)
+        start_apart(federation.peers, APART)
         progress = federation.learner.train(federation.peers, federation.method.schedule(1), 1)
         ends.append(End(federation.peers, [progress], federation.learner.evaluate(federation.peers)))
     check(*ends, 1e-5)

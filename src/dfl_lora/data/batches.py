@@ -1,8 +1,8 @@
-"""Batches: which rows a peer reads next, as tensors whose padded length depends on that batch alone."""
+"""Batches: which rows a peer reads next, as tensors without padding, and padded as plain models read them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 from typing import Protocol
 
@@ -15,19 +15,38 @@ from dfl_lora.streams import numpy_stream
 
 Rows = NDArray[np.int64]
 
+PAD_TO = 8
+"""Padded lengths are a multiple of this."""
+ORDERS = 8192
+"""Peers whose order of rows is remembered from one batch to the next."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs by name, each [rows, ...], labels [rows], and the number of tokens that are not padding."""
+    """The rows of one step: their tokens one row after the other, by name [tokens, ...], and labels [rows]."""
 
     inputs: Mapping[str, Tensor]
+    lengths: Rows
+    """The tokens of each row."""
     labels: Tensor
-    tokens: int
+    width: int
+    """The length that rows are padded to, which depends on this batch alone."""
+    pads: Mapping[str, int]
+    """What columns are padded with; empty where a row is one vector."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that decides who shares a pass: rows and padded length."""
-        return tuple(next(iter(self.inputs.values())).shape)
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def padded(self) -> dict[str, Tensor]:
+        """Returns the inputs as plain models read them: [rows, width] each, with an attention mask."""
+        if not self.pads:
+            return dict(self.inputs)
+        is_token = torch.arange(self.width) < torch.from_numpy(self.lengths)[:, None]
+        inputs = {"attention_mask": is_token.long()}
+        for name, values in self.inputs.items():
+            inputs[name] = torch.full(is_token.shape, self.pads[name]).masked_scatter_(is_token, values)
+        return inputs
 
 
 class Source(Protocol):
@@ -72,14 +91,18 @@ class Order:
     def rows(self, shard: Shard, peer: int, cursor: int) -> Rows:
         """Returns the rows of batch number `cursor` of a peer, counted over all epochs."""
         epoch, index = divmod(cursor, shard.num_batches(self.batch_size))
-        rows = shard.rows
-        if self.shuffle:
-            rows = rows[numpy_stream(self.seed, "order", peer, epoch).permutation(len(rows))]
-        return rows[index * self.batch_size : (index + 1) * self.batch_size]
+        here = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return shard.rows[shuffled(self.seed, peer, epoch, len(shard))[here] if self.shuffle else here]
 
     def batch(self, shard: Shard, peer: int, cursor: int) -> Batch:
         """Returns batch number `cursor` of a peer, counted over all epochs."""
         return shard.source.collate(self.rows(shard, peer, cursor))
+
+
+@lru_cache(maxsize=ORDERS)
+def shuffled(seed: int, peer: int, epoch: int, num_rows: int) -> Rows:
+    """Returns the order in which a peer reads its rows in an epoch."""
+    return numpy_stream(seed, "order", peer, epoch).permutation(num_rows)
 
 
 def evaluation_batches(shard: Shard, batch_size: int) -> Iterator[Batch]:
@@ -87,10 +110,6 @@ def evaluation_batches(shard: Shard, batch_size: int) -> Iterator[Batch]:
     rows = shard.by_length
     for start in range(0, len(rows), batch_size):
         yield shard.source.collate(rows[start : start + batch_size])
-
-
-PAD_TO = 8
-"""Lengths are padded up to a multiple of this: peers meet in one pass more often, and kernels like it."""
 
 
 @dataclass(frozen=True)
@@ -109,19 +128,12 @@ class TokenSource:
 
     def collate(self, rows: Rows) -> Batch:
         lengths = self.lengths[rows]
-        width = min(PAD_TO * ceil(int(lengths.max()) / PAD_TO), max(self.max_length, int(lengths.max())))
-        spans = [slice(self.offsets[r], self.offsets[r + 1]) for r in rows]
-        inputs = {name: padded([v[s] for s in spans], width, self.pad_values[name]) for name, v in self.columns.items()}
-        inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
-        return Batch(inputs, torch.from_numpy(self.labels[rows]), int(lengths.sum()))
-
-
-def padded(rows: Sequence[NDArray[np.int32]], width: int, value: int) -> Tensor:
-    """Returns ragged rows as one int64 tensor [rows, width], padded on the right."""
-    result = np.full((len(rows), width), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        result[i, : len(row)] = row
-    return torch.from_numpy(result)
+        longest = int(lengths.max())
+        width = min(PAD_TO * ceil(longest / PAD_TO), max(self.max_length, longest))
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.repeat(self.offsets[rows], lengths) + within
+        inputs = {name: torch.from_numpy(values[places].astype(np.int64)) for name, values in self.columns.items()}
+        return Batch(inputs, lengths, torch.from_numpy(self.labels[rows]), width, self.pad_values)
 
 
 @dataclass(frozen=True)
@@ -131,10 +143,10 @@ class VectorSource:
     inputs: Tensor
     labels: Tensor
 
-    @property
+    @cached_property
     def lengths(self) -> Rows:
         return np.ones(len(self.labels), dtype=np.int64)
 
     def collate(self, rows: Rows) -> Batch:
         index = torch.from_numpy(rows)
-        return Batch({"inputs": self.inputs[index]}, self.labels[index], len(rows))
+        return Batch({"inputs": self.inputs[index]}, self.lengths[rows], self.labels[index], 1, {})

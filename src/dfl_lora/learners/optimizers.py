@@ -1,7 +1,7 @@
 """Optimisers on rows: one fused step for many peers, each with its own step count.
 
-x, g and the state are [k, p]: a row per peer. Each formula is the one of `torch.optim` (Kingma and Ba 2015;
-Loshchilov and Hutter 2019), so that the oracle, which uses torch.optim, ends with the same numbers.
+The functions of `torch.optim` (Kingma and Ba 2015; Loshchilov and Hutter 2019) in their fused form: a row is read and
+written once, and a peer that is not among them is not moved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as fused_adam
+from torch.optim.adamw import adamw as fused_adamw
+from torch.optim.sgd import sgd as fused_sgd
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 WEIGHT_DECAY = 0.01
 """AdamW's default in torch."""
 
-Step = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor], None]
-"""(x, g, state, steps [k] counted from 1, learning rates [k]) -> None, in place."""
+Step = Callable[[list[Tensor], list[Tensor], Mapping[str, list[Tensor]], list[int], float], None]
+"""(x, g, state, steps done before, learning rate) -> None, in place; a list has a vector for each peer."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +29,31 @@ class Optimizer:
     step: Step
 
 
-def sgd(x: Tensor, g: Tensor, state: Mapping[str, Tensor], steps: Tensor, rates: Tensor) -> None:
+def sgd(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """x <- x - lr g."""
-    x.sub_(g * rates.unsqueeze(1).to(x.dtype))
+    fused_sgd(
+        x, g, [None] * len(x), fused=True, weight_decay=0.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
+        maximize=False,
+    )  # fmt: skip
 
 
-def adam(x: Tensor, g: Tensor, state: Mapping[str, Tensor], steps: Tensor, rates: Tensor) -> None:
+def adam(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """x <- x - lr m_hat / (sqrt(v_hat) + eps), with bias-corrected moments of each peer's own step count."""
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    m.lerp_(g, 1 - BETA_1)
-    v.mul_(BETA_2).addcmul_(g, g, value=1 - BETA_2)
-    t = steps.double().unsqueeze(1)
-    rate = (rates.double().unsqueeze(1) / (1 - BETA_1**t)).to(x.dtype)
-    scale = torch.sqrt(1 - BETA_2**t).to(x.dtype)
-    x.sub_(rate * m / (v.sqrt() / scale + EPSILON))
+    fused_adam(x, g, *moments(state, steps), **SETTINGS, lr=rate, weight_decay=0.0)
 
 
-def adamw(x: Tensor, g: Tensor, state: Mapping[str, Tensor], steps: Tensor, rates: Tensor) -> None:
+def adamw(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """Adam after x <- (1 - 0.01 lr) x."""
-    x.mul_((1 - rates.double() * WEIGHT_DECAY).to(x.dtype).unsqueeze(1))
-    adam(x, g, state, steps, rates)
+    fused_adamw(x, g, *moments(state, steps), **SETTINGS, lr=rate, weight_decay=WEIGHT_DECAY)
 
 
+def moments(state: Mapping[str, list[Tensor]], steps: list[int]) -> tuple[list[Tensor], ...]:
+    """Returns m, v, no maximum of v, and the step counts, as torch's functions take them."""
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    return m, v, [], [torch.tensor(float(count), device=own.device) for count, own in zip(steps, m, strict=True)]
+
+
+SETTINGS = {"fused": True, "amsgrad": False, "beta1": BETA_1, "beta2": BETA_2, "eps": EPSILON, "maximize": False}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(MOMENTS, adam),

@@ -13,7 +13,6 @@ from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners import Progress
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.metrics import Answers
-from dfl_lora.models.layers import Pass, StreamDropout
 from dfl_lora.models.placement import Placement
 from dfl_lora.peers import STEPS, Peer, Peers
 from dfl_lora.roles import ROLES, Role
@@ -25,6 +24,28 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimize
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+@dataclass
+class Draw:
+    """The generator that masks are drawn from; None where nothing is dropped."""
+
+    generator: torch.Generator | None = None
+
+
+class StreamDropout(nn.Module):
+    """Dropout whose masks come from the stream of the peer that is in the model."""
+
+    def __init__(self, p: float, draw: Draw) -> None:
+        super().__init__()
+        self.p = p
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.draw.generator is None or self.p == 0.0:
+            return x
+        keep = torch.rand(x.shape, generator=self.draw.generator) >= self.p
+        return x * keep.to(x) / (1 - self.p)
 
 
 @dataclass
@@ -49,12 +70,12 @@ class SequentialLearner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.peft = get_peft_model(self.model, config).eval().to(self.device)
-        self.current = Pass()
+        self.draw = Draw()
         for name, module in list(self.peft.named_modules()):
             if isinstance(module, nn.Dropout):
                 p = self.work.lora_dropout if ".lora_dropout." in name else module.p * self.work.base_dropout
                 parent, _, child = name.rpartition(".")
-                setattr(self.peft.get_submodule(parent), child, StreamDropout(p, self.current))
+                setattr(self.peft.get_submodule(parent), child, StreamDropout(p, self.draw))
         self.parameters = {name: self.peft.get_parameter(self.path_of(name)) for name in self.placement.layout.by_name}
 
     def path_of(self, name: str) -> str:
@@ -88,11 +109,11 @@ class SequentialLearner:
         for s in range(steps):
             cursor = int(peer.counters[STEPS])
             batch = self.work.order.batch(shard, peer.id, cursor)
-            self.current.generators = [torch_stream(self.work.seed, "dropout", peer.id, cursor)]
+            self.draw.generator = torch_stream(self.work.seed, "dropout", peer.id, cursor)
             optimizer.zero_grad()
             loss = self.forward(batch)[1]
             loss.backward()  # type: ignore[no-untyped-call]
-            self.current.generators = None
+            self.draw.generator = None
             optimizer.param_groups[0]["lr"] = self.work.learning_rate_at(round, s, steps)
             skipped += not self.step(peer, optimizer, trained)
             peer.counters[STEPS] += 1
@@ -145,7 +166,7 @@ class SequentialLearner:
                     vectors[name].copy_(optimizer.state[parameter][key])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        output = self.peft(**{name: value.to(self.device) for name, value in batch.inputs.items()})
+        output = self.peft(**{name: value.to(self.device) for name, value in batch.padded().items()})
         logits = output if isinstance(output, Tensor) else output.logits
         return logits, F.cross_entropy(logits, batch.labels.to(self.device))
 

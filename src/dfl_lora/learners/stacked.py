@@ -1,14 +1,16 @@
 """The stacked learner: many peers in one pass over one shared frozen base.
 
-A pass serves the peers whose next batches have the same shape, up to a budget of padded tokens. Their
-adapters are leaves [k, r, d] (views of the store where the peers are neighbours in it); the loss is the
-sum over peers of each peer's mean, so one backward gives each peer its own gradient. Clipping, the
-optimiser's step count and the finite flag are per peer.
+A pass packs the batches of several peers, up to a budget of tokens, into one row without padding. Their adapters are
+leaves [k, r, d] (views of the store where the peers are neighbours in it); the loss is the sum over peers of each
+peer's mean, so one backward gives each peer its own gradient, in its row of one buffer. Clipping, the optimiser's step
+count and the finite flag are per peer.
 """
 
+import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,13 +22,16 @@ from dfl_lora.learners import Progress
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.metrics import Answers
-from dfl_lora.models.layers import Pass, install
+from dfl_lora.models.layers import Pass
+from dfl_lora.models.packing import Packing, filled
+from dfl_lora.models.reading import install, read
 from dfl_lora.peers import STEPS, Peers
 from dfl_lora.roles import ROLES
 from dfl_lora.schedules import Phase
 from dfl_lora.streams import torch_stream
 
 EVALUATION_ROWS = 64
+Clock = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass
@@ -51,13 +56,17 @@ class StackedLearner:
     work: LocalWork
     scaling: float
     group_tokens: int = 4096
+    attention: str = "sdpa"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    clock: Clock = lambda part: nullcontext()
+    """Told of the parts of the work: data, forward, backward, optimiser."""
 
     def __post_init__(self) -> None:
-        self.current = Pass()
+        self.current = Pass(attention=self.attention)
         self.model.eval().requires_grad_(False)
         install(self.model, self.current, self.scaling, self.work.lora_dropout, self.work.base_dropout)
         self.model.to(self.device)
+        self.dtype = next(self.model.parameters()).dtype
 
     def train(self, peers: Peers, phase: Phase, round: int) -> Mapping[int, Progress]:
         steps = [0 if i in phase.absent else self.work.steps_of(self.data.train[i]) for i in peers.ids]
@@ -66,7 +75,8 @@ class StackedLearner:
         if means is not None:
             means[[row for row, count in enumerate(steps) if count]] = 0
         for s in range(max(steps)):
-            batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
+            with self.clock("data"):
+                batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
             for rows in passes(batches, self.group_tokens):
                 rates = [self.work.learning_rate_at(round, s, steps[row]) for row in rows]
                 self.step(peers, rows, [batches[row] for row in rows], phase, rates, tallies)
@@ -92,25 +102,32 @@ class StackedLearner:
         x = take(peers.x, rows)
         gradients = torch.zeros_like(x)
         leaves = self.leaves(peers, x, gradients, phase)
-        self.current.generators = [
-            torch_stream(self.work.seed, "dropout", peers.ids[row], int(peers.counters[row, STEPS])) for row in rows
-        ]
-        losses = self.forward(batches, leaves)[1]
-        with warnings.catch_warnings():  # gradients are strided views of one buffer on purpose
+        self.current.generators = self.generators(peers, rows)
+        with self.clock("forward"):
+            losses = self.forward(batches, leaves)[1]
+        with self.clock("backward"), warnings.catch_warnings():  # gradients are strided views of one buffer on purpose
             warnings.filterwarnings("ignore", message="grad and param do not obey")
             losses.sum().backward()  # type: ignore[no-untyped-call]
         self.current.generators = None
         losses = losses.detach()
-        finite = torch.isfinite(gradients).all(1) & torch.isfinite(losses)
-        kept = [row for row, ok in zip(rows, finite.tolist(), strict=True) if ok]
-        clip(gradients, self.work.max_grad_norm)
-        self.optimize(peers, kept, gradients[finite], phase, torch.tensor(rates, dtype=torch.float64)[finite.cpu()])
+        with self.clock("optimiser"):
+            finite = (torch.isfinite(gradients).all(1) & torch.isfinite(losses)).tolist()
+            clip(gradients, self.work.max_grad_norm)
+            kept = [place for place, ok in enumerate(finite) if ok]
+            self.optimize(peers, [rows[p] for p in kept], [gradients[p] for p in kept], phase, [rates[p] for p in kept])
         peers.counters[rows, STEPS] += 1
-        for row, loss, batch in zip(rows, losses.tolist(), batches, strict=True):
+        for row, loss, batch, ok in zip(rows, losses.tolist(), batches, finite, strict=True):
             tallies[row].loss += loss
             tallies[row].steps += 1
             tallies[row].tokens += batch.tokens
-            tallies[row].skipped += row not in kept
+            tallies[row].skipped += not ok
+
+    def generators(self, peers: Peers, rows: Sequence[int]) -> list[torch.Generator] | None:
+        """Returns what masks are drawn from in a step of these peers; None where nothing is dropped."""
+        if not (self.work.lora_dropout or self.work.base_dropout):
+            return None
+        names = ((peers.ids[row], int(peers.counters[row, STEPS])) for row in rows)
+        return [torch_stream(self.work.seed, "dropout", *name) for name in names]
 
     def leaves(self, peers: Peers, x: Tensor, gradients: Tensor, phase: Phase) -> dict[str, Tensor]:
         """Returns every adapter tensor of the pass; trained ones are leaves whose gradients fall into one buffer."""
@@ -123,56 +140,77 @@ class StackedLearner:
             tensors[e.name] = leaf
         return tensors
 
-    def forward(self, batches: Sequence[Batch], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the logits [k, rows, labels] and each peer's mean loss [k] of equally shaped batches."""
-        self.current.num_peers, self.current.tensors = len(batches), tensors
-        inputs = {name: torch.cat([b.inputs[name] for b in batches]).to(self.device) for name in batches[0].inputs}
-        labels = torch.cat([b.labels for b in batches]).to(self.device)
-        output = self.model(**inputs)
-        logits = output if isinstance(output, Tensor) else output.logits
+    def forward(self, batches: Sequence[Batch], tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Returns each peer's logits [rows, labels] and mean losses [k]."""
+        packing = Packing([b.lengths for b in batches], [b.width for b in batches], self.device, self.dtype)
+        self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
+        inputs = packing.inputs([b.inputs for b in batches], batches[0].pads)
+        logits = read(self.model, inputs, self.current)[packing.row_index]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits, labels, reduction="none").view(len(batches), -1).mean(1)
-        return logits.view(len(batches), -1, logits.shape[-1]), losses
+        losses = F.cross_entropy(logits, torch.cat([b.labels for b in batches]).to(self.device), reduction="none")
+        counts = [len(b.labels) for b in batches]
+        return list(logits.detach().split(counts)), torch.stack([own.mean() for own in losses.split(counts)])
 
     @torch.no_grad()
-    def optimize(self, peers: Peers, rows: Sequence[int], gradients: Tensor, phase: Phase, rates: Tensor) -> None:
-        """Gives the optimiser the shifted gradients, moves the peers in `rows`, and keeps the books."""
-        if not rows:
-            return
-        optimizer = OPTIMIZERS[self.work.optimizer]
-        x = take(peers.x, rows)
-        state = {name: take(m, rows) for name, m in peers.optimizer.items()}
+    def optimize(
+        self, peers: Peers, rows: Sequence[int], gradients: Sequence[Tensor], phase: Phase, rates: Sequence[float]
+    ) -> None:
+        """Gives the optimiser the shifted gradients, moves the peers in `rows` in place, and keeps the books."""
+        memory = peers.memory
         for span in peers.layout.spans(phase.trained):
-            if "gradient_shift" in peers.memory:
-                gradients[:, span] += take(peers.memory["gradient_shift"], rows)[:, span]
-            if "gradient_mean" in peers.memory:
-                peers.memory["gradient_mean"][rows, span] += gradients[:, span]
+            for row, gradient in zip(rows, gradients, strict=True):
+                if "gradient_shift" in memory:
+                    gradient[span] += memory["gradient_shift"][row, span]
+                if "gradient_mean" in memory:
+                    memory["gradient_mean"][row, span] += gradient[span]
         for number, role in enumerate(ROLES):
             for span in peers.layout.spans({role} & phase.trained):
-                peers.counters[rows, number] += 1
-                moments = {name: m[:, span] for name, m in state.items()}
-                counts = peers.counters[rows, number].to(x.device)
-                optimizer.step(x[:, span], gradients[:, span], moments, counts, rates.to(x.device))
-                if "step_shift" in peers.memory:
-                    x[:, span] += take(peers.memory["step_shift"], rows)[:, span]
-        put(peers.x, rows, x)
-        for name, m in state.items():
-            put(peers.optimizer[name], rows, m)
+                self.move(peers, rows, gradients, number, span, rates)
+                for row in rows if "step_shift" in memory else ():
+                    peers.x[row, span] += memory["step_shift"][row, span]
+
+    def move(
+        self, peers: Peers, rows: Sequence[int], gradients: Sequence[Tensor], role: int, span: slice,
+        rates: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Moves one role, lying in `span`, of some peers; those with the same learning rate together."""
+        by_rate = defaultdict[float, list[int]](list)
+        for place, rate in enumerate(rates):
+            by_rate[rate].append(place)
+        optimizer, before = OPTIMIZERS[self.work.optimizer], peers.counters[:, role].tolist()
+        for rate, places in by_rate.items():
+            some = [rows[place] for place in places]
+            state = {name: [m[row, span] for row in some] for name, m in peers.optimizer.items()}
+            given = [gradients[place][span] for place in places]
+            optimizer.step([peers.x[row, span] for row in some], given, state, [before[row] for row in some], rate)
+        peers.counters[rows, role] += 1
 
     @torch.inference_mode()
     def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
-        streams = [evaluation_batches(self.data.validation[i], EVALUATION_ROWS) for i in peers.ids]
-        answers: list[list[Answers]] = [[] for _ in peers.ids]
-        for batches in together(streams):
-            for rows in passes(batches, 2 * self.group_tokens):
-                x = take(peers.x, rows)
-                tensors = {name: value.unsqueeze(0) for name, value in peers.common.items()}
-                tensors |= {e.name: x[:, e.start : e.stop].view(len(x), *e.shape) for e in peers.layout.entries}
-                logits, losses = self.forward([batches[row] for row in rows], tensors)
-                for row, own, mean in zip(rows, logits.cpu(), losses.tolist(), strict=True):
-                    labels, given = batches[row].labels.numpy(), own.argmax(1).numpy()
+        same = first_alike(peers, self.data)
+        rows = sorted(set(same))
+        streams = [evaluation_batches(self.data.validation[peers.ids[row]], EVALUATION_ROWS) for row in rows]
+        answers: dict[int, list[Answers]] = {row: [] for row in rows}
+        for batches in together(dict(zip(rows, streams, strict=True))):
+            for some in passes(batches, 2 * self.group_tokens):
+                x = take(peers.x, some)
+                leaves = self.leaves(peers, x, x, Phase(0, frozenset(), frozenset()))
+                logits, losses = self.forward([batches[row] for row in some], leaves)
+                for row, own, mean in zip(some, logits, losses.tolist(), strict=True):
+                    labels, given = batches[row].labels.numpy(), own.cpu().argmax(1).numpy()
                     answers[row].append(Answers(labels, given, mean, own.shape[1]))
-        return {i: Answers.pooled(own) for i, own in zip(peers.ids, answers, strict=True)}
+        pooled = {row: Answers.pooled(own) for row, own in answers.items()}
+        return {i: pooled[row] for i, row in zip(peers.ids, same, strict=True)}
+
+
+def first_alike(peers: Peers, data: PeerData) -> list[int]:
+    """Returns for each peer the first row with the same adapter, to the bit, and the same validation rows."""
+    seen, found = dict[tuple[object, ...], int](), []
+    for row, i in enumerate(peers.ids):
+        shard = data.validation[i]
+        digest = hashlib.blake2b(peers.x[row].contiguous().cpu().numpy().data, digest_size=16).digest()
+        found.append(seen.setdefault((digest, id(shard.source), shard.rows.tobytes()), row))
+    return found
 
 
 def take(matrix: Tensor, rows: Sequence[int]) -> Tensor:
@@ -182,25 +220,23 @@ def take(matrix: Tensor, rows: Sequence[int]) -> Tensor:
     return matrix[list(rows)]
 
 
-def put(matrix: Tensor, rows: Sequence[int], value: Tensor) -> None:
-    """Writes back what `take` returned, where that was a copy."""
-    if value.untyped_storage().data_ptr() != matrix.untyped_storage().data_ptr():
-        matrix[list(rows)] = value
-
-
 def passes(batches: Mapping[int, Batch], budget: int) -> Iterator[list[int]]:
-    """Yields the rows that share a pass: batches of equal shape, at most `budget` padded tokens, at least one."""
-    by_shape = defaultdict[tuple[int, ...], list[int]](list)
+    """Yields the rows that share a pass: in order, at most `budget` tokens with their fills, at least one."""
+    rows, used = list[int](), 0
     for row, batch in batches.items():
-        by_shape[batch.shape].append(row)
-    for shape, rows in by_shape.items():
-        size = max(1, budget // (shape[0] * shape[1]))
-        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+        tokens = filled(batch.tokens)
+        if rows and used + tokens > budget:
+            yield rows
+            rows, used = [], 0
+        rows.append(row)
+        used += tokens
+    if rows:
+        yield rows
 
 
-def together(streams: Sequence[Iterable[Batch]]) -> Iterator[dict[int, Batch]]:
+def together(streams: Mapping[int, Iterable[Batch]]) -> Iterator[dict[int, Batch]]:
     """Yields the next batch of every stream that has one, by the stream's number."""
-    iterators = dict(enumerate(map(iter, streams)))
+    iterators = {row: iter(stream) for row, stream in streams.items()}
     while iterators:
         batches = {}
         for row in list(iterators):

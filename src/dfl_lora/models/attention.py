@@ -1,0 +1,114 @@
+"""Attention over a packed pass: rows see themselves alone, in buckets of a like length.
+
+For each bucket the tokens are gathered to [n, heads, L, d], one product serves all its rows, and what comes out is laid
+back. No row is in two buckets, so gradients are laid back too, not added up. With `firsts` only the first token of each
+row asks; all are answered from.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dfl_lora.models.layers import Pass, StreamDropout
+from dfl_lora.models.packing import Bucket
+
+PACKED = "packed"
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""(q [n, heads, L or 1, d], k and v [n, heads, L, d], mask [n, 1, 1, L] or None, scaling) -> [n, heads, L or 1, d]."""
+
+
+def weights_of(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Returns softmax(s q k' + mask)."""
+    scores = (q * scaling) @ k.transpose(2, 3)
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return weights_of(q, k, mask, scaling) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+
+
+KERNELS: dict[str, Kernel] = {"eager": eager, "sdpa": sdpa}
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, current: Pass,
+    scaling: float, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention that a Hugging Face module calls: query [1, heads, T or R, d] -> [1, T or R, heads, d]."""
+    assert current.packing is not None
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))  # [T, heads, d]
+    buckets, dropout = current.packing.buckets, module.get_submodule("dropout")
+    if isinstance(dropout, StreamDropout) and dropout.p and current.generators is not None:
+        kernels = dropping(current, q.shape[1], dropout.p)
+    else:
+        kernels = [KERNELS[current.attention]] * len(buckets)
+    return PackedAttention.apply(q, k, v, buckets, kernels, scaling, current.view == "firsts").unsqueeze(0), None
+
+
+def dropping(current: Pass, heads: int, p: float) -> list[Kernel]:
+    """Returns a kernel for each bucket that drops weights; every peer draws for its padded rows, as plain PEFT does."""
+    assert current.packing is not None and current.generators is not None
+    packing = current.packing
+    draws = [
+        torch.rand(len(lengths), heads, width, width, generator=generator)
+        for lengths, width, generator in zip(packing.lengths, packing.widths, current.generators, strict=True)
+    ]
+    of_rows = [own for peer in draws for own in peer]  # [heads, width, width] of each row
+
+    def kernel_of(bucket: Bucket) -> Kernel:
+        def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+            weights = weights_of(q, k, mask, scaling)
+            keep = torch.ones(weights.shape)
+            for own, number in zip(keep, bucket.numbers, strict=True):
+                kept = of_rows[number][:, : own.shape[1], : own.shape[2]] >= p
+                own[:, : kept.shape[1], : kept.shape[2]] = kept.float()
+            return (weights * keep.to(weights) / (1 - p)) @ v
+
+        return kernel
+
+    return [kernel_of(bucket) for bucket in packing.buckets]
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention in buckets; each keeps a small graph of its own for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, buckets: Sequence[Bucket], kernels: Sequence[Kernel],
+        scaling: float, firsts: bool,
+    ) -> Tensor:  # fmt: skip
+        """q [T, heads, d], or [R, heads, d] where only firsts ask; k and v [T, heads, d]; returns the shape of q."""
+        result, graphs, wanted = torch.zeros_like(q), [], ctx.needs_input_grad[:3]
+        for bucket, kernel in zip(buckets, kernels, strict=True):
+            parts = [bucket.gather(t, firsts and t is q).requires_grad_(grad) for t, grad in zip((q, k, v), wanted)]
+            with torch.set_grad_enabled(any(wanted)):
+                answer = kernel(*parts, bucket.mask, scaling)
+            bucket.lay(answer.detach(), result, firsts)
+            graphs.append((parts, answer))
+        ctx.buckets, ctx.graphs, ctx.firsts, ctx.shapes = buckets, graphs, firsts, (q.shape, k.shape, v.shape)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        g, wanted = gradients[0], ctx.needs_input_grad[:3]
+        laid = [g.new_zeros(shape) if grad else None for shape, grad in zip(ctx.shapes, wanted, strict=True)]
+        for bucket, (parts, answer) in zip(ctx.buckets, ctx.graphs, strict=True):
+            leaves = [part for part in parts if part.requires_grad]
+            own = iter(torch.autograd.grad(answer, leaves, bucket.gather(g, ctx.firsts, hidden=0)))
+            for number, whole in enumerate(laid):
+                if whole is not None:
+                    bucket.lay(next(own), whole, ctx.firsts and number == 0)
+        ctx.graphs = None
+        return (*laid, None, None, None, None)
+
+
+AttentionInterface.register(PACKED, attend)
+AttentionMaskInterface.register(PACKED, lambda *_, **__: None)

@@ -152,6 +152,8 @@ class Setting:
     dtype: torch.dtype = torch.float32
     """Of adapters and optimiser state."""
     memory: tuple[str, ...] = ()
+    attention: str = "sdpa"
+    """The kernel of the stacked learner's attention."""
 
     @cached_property
     def placement(self) -> Placement:
@@ -166,7 +168,8 @@ class Setting:
 
     def stacked(self, group_tokens: int = 4096) -> StackedLearner:
         """Returns the stacked learner over a copy of the base."""
-        return StackedLearner(deepcopy(self.base.model), self.data, self.dropping, self.lora.scaling, group_tokens)
+        model = deepcopy(self.base.model)
+        return StackedLearner(model, self.data, self.dropping, self.lora.scaling, group_tokens, self.attention)
 
     def sequential(self) -> SequentialLearner:
         """Returns plain PEFT over a copy of the base."""

@@ -18,23 +18,25 @@ def source_of(lengths: list[int], max_length: int = 48) -> TokenSource:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_batch_is_padded_to_a_multiple_of_8_that_its_own_rows_decide(lengths: list[int], data: st.DataObject) -> None:
+def test_a_batch_holds_its_rows_without_padding_and_padded_to_a_multiple_of_8(
+    lengths: list[int], data: st.DataObject
+) -> None:
     source = source_of(lengths)
     rows = np.array(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6)))
     batch = source.collate(rows)
-    longest = max(lengths[row] for row in rows)
-    width = batch.inputs["input_ids"].shape[1]
-    assert width % 8 == 0 and longest <= width < longest + 8
-    assert batch.shape == (len(rows), width) and batch.tokens == sum(lengths[row] for row in rows)
-    for i, row in enumerate(rows):
-        own = source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]].tolist()
-        assert batch.inputs["input_ids"][i].tolist() == own + [0] * (width - len(own))
-        assert batch.inputs["attention_mask"][i].tolist() == [1] * len(own) + [0] * (width - len(own))
+    own = [source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]].tolist() for row in rows]
+    assert batch.inputs["input_ids"].tolist() == sum(own, [])
+    assert batch.lengths.tolist() == [len(row) for row in own] and batch.tokens == sum(map(len, own))
+    longest, padded = max(map(len, own)), batch.padded()
+    assert batch.width % 8 == 0 and longest <= batch.width < longest + 8
+    for i, row in enumerate(own):
+        assert padded["input_ids"][i].tolist() == row + [0] * (batch.width - len(row))
+        assert padded["attention_mask"][i].tolist() == [1] * len(row) + [0] * (batch.width - len(row))
     assert batch.labels.tolist() == source.labels[rows].tolist()
 
 
 def test_a_batch_is_never_padded_beyond_what_the_base_can_read() -> None:
-    assert source_of([9, 10], max_length=12).collate(np.array([0, 1])).shape == (2, 12)
+    assert source_of([9, 10], max_length=12).collate(np.array([0, 1])).width == 12
 
 
 def numbered(num_rows: int) -> Shard:
@@ -79,7 +81,7 @@ def test_evaluation_reads_every_row_once_shortest_first(lengths: list[int], batc
     source = source_of(lengths)
     shard = Shard(source, np.arange(len(lengths))[::-1])
     batches = list(evaluation_batches(shard, batch_size))
-    read = [int(row[0]) for batch in batches for row in batch.inputs["input_ids"]]
+    read = [int(row[0]) for batch in batches for row in batch.padded()["input_ids"]]
     assert sorted(read) == sorted((source.offsets[:-1] + 1).tolist())
-    widths = [batch.inputs["attention_mask"].sum(1).max().item() for batch in batches]
+    widths = [batch.lengths.max() for batch in batches]
     assert widths == sorted(widths)

@@ -113,7 +113,7 @@ def plain_peft(adapter: Path, base: Path, batch: Batch, num_labels: int = NUM_LA
     """Returns the logits of the published base with an adapter folder, by transformers and PEFT alone."""
     with quiet(), torch.no_grad():
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
-        return PeftModel.from_pretrained(model, str(adapter)).eval()(**batch.inputs).logits  # type: ignore[no-any-return]
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(**batch.padded()).logits  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -141,7 +141,7 @@ def test_the_base_with_an_adapter_merged_in_gives_the_same_logits(done: Exported
     merge(done.adapters["peer-001"], done.files, LABELS, tmp_path / "merged")
     with quiet(), torch.no_grad():
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-        logits = model(**done.batch.inputs).logits
+        logits = model(**done.batch.padded()).logits
     assert relative_distance(logits, done.logits["peer-001"]) < 1e-5
     text = "a small, plain text"
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text) == tokenizer_of(done.case.family)(text)

@@ -1,20 +1,22 @@
 """Law 3: a peer's result does not depend on who shares its pass, to the bit."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dfl_lora.data.batches import PAD_TO, TokenSource, VectorSource
+from dfl_lora.data.batches import VectorSource
 from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import LocalWork
 from dfl_lora.models.base import STREAM_ATTENTION, load_encoder, locate
-from dfl_lora.models.layers import dense, grouped, whole_blocks
+from dfl_lora.models.layers import LoraLinear, OwnLinear, dense
+from dfl_lora.models.packing import BUCKET, spans
 from dfl_lora.models.placement import Lora
 from dfl_lora.peers import Peers
 from dfl_lora.schedules import SCHEDULES
@@ -39,10 +41,12 @@ class Case:
     lengths: tuple[int, int] = (3, 20)
     dropout: bool = False
     max_grad_norm: float | None = None
+    eager: bool = False
 
 
 CASES = {
     "bert, fp32": Case("bert", ("query", "value")),
+    "bert, fp32, eager": Case("bert", ("query", "value"), eager=True),
     "bert, bf16": Case("bert", ("query", "value"), "lora", BF16, lengths=(9, 30)),
     "bert, fp32, frozen A, batches of 5": Case("bert", ("query", "value"), "freeze_a", batch_size=5),
     "bert, bf16, batches of 5": Case("bert", ("query", "value"), "lora", BF16, 5, (9, 20)),
@@ -56,12 +60,13 @@ CASES = {
 
 
 def setting_of(case: Case, folder: Path, rounds: int = 1) -> Setting:
-    attention = "eager" if case.dtype == BF16 else "sdpa"
+    attention = "eager" if case.eager or case.dtype == BF16 else "sdpa"
     base = load(write_encoder(case.family, folder), STREAM_ATTENTION if case.dropout else attention, case.dtype)
     work = LocalWork(rounds, case.batch_size, epochs=1, learning_rate=5e-3, max_grad_norm=case.max_grad_norm)
     lora = Lora(case.targets, 4, 8, 0.2 if case.dropout else 0.0)
     data = token_data(case.family, UNEVEN, case.lengths)
-    return Setting(base, lora, SCHEDULES[case.schedule]("shared"), data, replace(work, base_dropout=case.dropout))
+    work = replace(work, base_dropout=case.dropout)
+    return Setting(base, lora, SCHEDULES[case.schedule]("shared"), data, work, attention=attention)
 
 
 def toy_setting(
@@ -105,21 +110,50 @@ def test_a_peer_ends_with_the_same_bits_in_any_group_and_at_any_budget(case: Cas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("num_rows", "d_in", "d_out"), [(17, 32, 1), (27, 32, 4), (5, 48, 3), (40, 4, 32), (27, 48, 20)]
-)
-def test_a_product_of_several_peers_has_the_bits_of_each_peers_own(
-    dtype: torch.dtype, num_rows: int, d_in: int, d_out: int
+@pytest.mark.parametrize(("r", "d_in", "d_out"), [(1, 32, 1), (4, 32, 4), (3, 48, 3), (4, 8, 32), (5, 48, 20)])
+def test_products_of_several_peers_have_the_bits_of_each_peers_own(
+    dtype: torch.dtype, r: int, d_in: int, d_out: int
 ) -> None:
     generator = torch_stream(0, "products")
-    x = torch.randn(200, 7, num_rows, d_in, generator=generator).to(dtype)
-    own = torch.randn(200, 7, d_out, d_in, generator=generator).to(dtype)
-    for ragged, weights in zip(x, own, strict=True):
-        rows = whole_blocks(ragged)
-        alone = [grouped(rows[i : i + 1], weights[i : i + 1]) for i in range(7)]
-        assert torch.equal(grouped(rows, weights), torch.cat(alone))
-        alone = [dense(rows[i : i + 1], weights[0], weights[0, :, 0]) for i in range(7)]
-        assert torch.equal(dense(rows, weights[0], weights[0, :, 0]), torch.cat(alone))
+    of_peers = spans([17, 40, 5, 16, 90, 27, 3])
+    for _ in range(20):
+        x, g = (torch.randn(of_peers[-1].stop, d, generator=generator).to(dtype) for d in (d_in, d_out))
+        w, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((d_out, d_in), (d_out,)))
+        a, b, own = (torch.randn(7, *shape, generator=generator) for shape in ((r, d_in), (d_out, r), (d_out, d_in)))
+
+        def lora(x: Tensor, a: Tensor, b: Tensor, s: list[slice]) -> Tensor:
+            return LoraLinear.apply(x, None, a, b, w, bias, s, 2.0)  # noqa: B023 - called at once
+
+        whole = answers(lora, x, g, a, b, of_peers)
+        heads = answers(lambda x, own, b, s: OwnLinear.apply(x, own.to(dtype), None, s), x, g, own, b, of_peers)
+        for i, s in enumerate(of_peers):
+            here = [slice(0, s.stop - s.start)]
+            assert same(answers(lora, x[s], g[s], a[i : i + 1], b[i : i + 1], here), whole, s, i)
+            alone = answers(
+                lambda x, own, b, s: OwnLinear.apply(x, own.to(dtype), None, s), x[s], g[s], own[i : i + 1],
+                b[i : i + 1], here,
+            )  # fmt: skip
+            assert same(alone, heads, s, i)
+            assert torch.equal(dense(x[s], w, bias), dense(x, w, bias)[s])
+
+
+Product = Callable[[Tensor, Tensor, Tensor, list[slice]], Tensor]
+
+
+def answers(product: Product, x: Tensor, g: Tensor, a: Tensor, b: Tensor, s: list[slice]) -> list[Tensor | None]:
+    """Returns the output of a product and the gradients of x and of the factors that are its peers' own."""
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    y = product(*leaves, s)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g, allow_unused=True)]
+
+
+def same(alone: Sequence[Tensor | None], whole: Sequence[Tensor | None], rows: slice, peer: int) -> bool:
+    """Tells whether what one peer got alone is its part of what all got, to the bit."""
+    parts = [*((t, rows) for t in whole[:2]), *((t, slice(peer, peer + 1)) for t in whole[2:])]
+    return all(
+        mine is None if theirs is None else mine is not None and torch.equal(mine, theirs[part])
+        for mine, (theirs, part) in zip(alone, parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
@@ -141,7 +175,8 @@ def test_peers_of_two_blocks_of_the_embedded_encoder_end_with_the_same_bits_on_t
     del base.model.get_submodule("bert.encoder.layer")[2:]  # type: ignore[attr-defined]
     data = token_data("bert", (16, 16), (9, 16))
     work = LocalWork(1, 16, steps=1)
-    setting = Setting(base, Lora(("query", "value"), 4, 8), SCHEDULES["lora"]("shared"), data, work)
+    attention = "eager" if dtype == BF16 else "sdpa"
+    setting = Setting(base, Lora(("query", "value"), 4, 8), SCHEDULES["lora"]("shared"), data, work, attention=attention)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -176,33 +211,27 @@ def test_not_a_number_in_the_rows_of_one_peer_stays_with_it(steps: int | None) -
     assert not any(moments[3].any() for moments in peers.optimizer.values())
 
 
-def shapes_of_passes(setting: Setting, ids: Iterable[int] | None = None) -> Counter[tuple[int, ...]]:
-    """Counts, for each peer's batch, the shape in which the model read it."""
-    read = Counter[tuple[int, ...]]()
+def read_in(setting: Setting, ids: Iterable[int] | None = None) -> Counter[tuple[int, ...]]:
+    """Counts, for every row that attention reads, its tokens and the length it is padded to."""
+    seen = Counter[tuple[int, ...]]()
     learner = setting.stacked()
 
     def note(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        rows, width = inputs["input_ids"].shape
-        read[(rows // learner.current.num_peers, width)] += learner.current.num_peers
+        packing = learner.current.packing
+        assert packing is not None
+        lengths = np.concatenate(packing.lengths)
+        for bucket in packing.buckets:
+            width = len(bucket.tokens) // len(bucket.rows)
+            seen.update((int(length), width) for length in lengths[bucket.numbers])
 
     with learner.model.register_forward_pre_hook(note, with_kwargs=True):
         train(setting, learner, setting.peers(ids))
-    return read
+    return seen
 
 
-def test_the_padded_length_of_a_batch_depends_on_that_batch_alone(tmp_path: Path) -> None:
+def test_how_far_a_row_is_padded_depends_on_that_row_alone(tmp_path: Path) -> None:
     setting = setting_of(CASES["bert, fp32, frozen A, batches of 5"], tmp_path)
-    alone = sum((shapes_of_passes(setting, [i]) for i in setting.data.train), Counter[tuple[int, ...]]())
-    assert shapes_of_passes(setting) == alone
-    assert {width for _, width in alone} == {8, 16, 24}
-
-
-def test_a_batch_is_padded_to_the_next_multiple_of_eight_of_its_longest_row(tmp_path: Path) -> None:
-    setting = setting_of(CASES["bert, fp32"], tmp_path)
-    for i, shard in setting.data.train.items():
-        assert isinstance(shard.source, TokenSource)
-        for cursor in range(2 * shard.num_batches(16)):
-            batch = setting.work.order.batch(shard, i, cursor)
-            longest = int(batch.inputs["attention_mask"].sum(1).max())
-            assert batch.shape[1] - longest in range(PAD_TO)
-            assert batch.shape[1] % PAD_TO == 0
+    alone = sum((read_in(setting, [i]) for i in setting.data.train), Counter[tuple[int, ...]]())
+    assert read_in(setting) == alone
+    assert sum(alone.values()) == sum(UNEVEN)
+    assert all(width % BUCKET == 0 and 0 <= width - length < BUCKET for length, width in alone)

@@ -49,7 +49,7 @@ class Bucket:
         tokens = whole[self.tokens]  # [n L, heads, d]
         if hidden is not None and self.beyond is not None:
             tokens[self.beyond] = hidden
-        return tokens.view(len(self.rows), -1, *whole.shape[1:]).transpose(1, 2)
+        return tokens.view(len(self.rows), -1, *whole.shape[1:]).transpose(1, 2).contiguous()  # one row takes no other path
 
     def lay(self, answers: Tensor, whole: Tensor, firsts: bool) -> None:
         """Writes answers, shaped as `gather` returns them, where they belong in whole; what lies beyond rows is lost."""

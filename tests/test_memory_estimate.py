@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +20,12 @@ from dfl_lora.memory import (
     Estimate,
     estimate,
     evaluation_pass,
-    evaluation_shapes,
+    evaluation_passes,
     law_of,
     peak_of,
+    size_of,
     training_pass,
-    training_shapes,
+    training_passes,
 )
 from dfl_lora.reading import resolve
 from tiny import Content, text, toy, written
@@ -36,7 +39,7 @@ from dfl_lora.running import build
 print(json.dumps(estimate(build(load_recipe(Path(sys.argv[1]), sys.argv[2:]))).as_json()))
 """
 """Imports what a run imports."""
-NOTHING = Batch({}, torch.zeros(0), 0)
+NOTHING = [Batch({}, np.zeros(0, dtype=np.int64), torch.zeros(0), 0, {})]
 
 
 def federation(content: Content) -> Federation:
@@ -101,14 +104,14 @@ def test_parts_add_up_to_the_peak_and_are_pure_data() -> None:
 def test_a_tensor_counts_while_it_lives_and_a_view_or_an_older_one_does_not() -> None:
     older = torch.ones(1000)
 
-    def run(num_peers: int, batch: Batch) -> None:
+    def run(batches: Sequence[Batch]) -> None:
         older.add_(1).view(10, 100)
         for _ in range(3):
             torch.ones(2000).view(20, 100)
 
-    assert peak_of(run, 1, NOTHING) == [4 * 2000, 4 * 2000]
-    assert peak_of(run, 1, NOTHING, large=4000) == [4 * 2000, 0]
-    assert peak_of(lambda k, batch: None, 1, NOTHING) == [0, 0]
+    assert peak_of(run, NOTHING) == [4 * 2000, 4 * 2000]
+    assert peak_of(run, NOTHING, large=4000) == [4 * 2000, 0]
+    assert peak_of(lambda batches: None, NOTHING) == [0, 0]
 
 
 @pytest.mark.parametrize("batch_size", [5, 8])
@@ -118,23 +121,20 @@ def test_a_large_pass_needs_what_small_ones_of_its_length_say(model: Path, rows:
     learner = f.learner
     assert isinstance(learner, StackedLearner)
     step, forward = training_pass(learner, f.peers, f.method.schedule(1)), evaluation_pass(learner, f.peers)
-    for run, shapes in (
-        (step, training_shapes(learner, f.peers)),
-        (forward, evaluation_shapes(learner, f.peers)),
+    for run, found in (
+        (step, training_passes(learner, f.peers)),
+        (forward, evaluation_passes(learner, f.peers)),
     ):
-        shape = max(shapes, key=lambda s: s[0] * s[1] * s[2])
-        assert law_of(run, shape, shapes[shape], 4096)(1) == pytest.approx(
-            peak_of(run, shape[0], shapes[shape]), rel=0.05
-        )
+        largest = max(found, key=size_of)
+        assert law_of(run, largest, 4096)(1) == pytest.approx(peak_of(run, largest), rel=0.05)
 
 
 def test_a_pass_grows_with_the_peers_up_to_its_budget_of_tokens(model: Path, rows: Path) -> None:
     f = federation(text(model, rows / "train.csv", rows / "validation.csv"))
     learner = f.learner
     assert isinstance(learner, StackedLearner)
-    shapes = training_shapes(learner, f.peers)
-    shape = max(shapes)
-    law = law_of(training_pass(learner, f.peers, f.method.schedule(1)), shape, shapes[shape], 4096)
+    largest = max(training_passes(learner, f.peers), key=size_of)
+    law = law_of(training_pass(learner, f.peers, f.method.schedule(1)), largest, 4096)
     assert law(1)[0] < law(4)[0] <= law(1000)[0] == law(10_000)[0]
 
 

@@ -17,15 +17,16 @@ measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices
 checkpoint  the state twice: as bytes of each matrix and as one file
 export      the mean of the peers in float64
 
-A pass of k peers, b rows each, of one length needs c0 + c1 k + c2 k b bytes. The coefficients are measured with the
-run's own learner on a few rows: the bytes of all storages alive at a time, seen from torch's dispatcher.
+A pass of k peers, T tokens and S pairs of tokens that attention weighs needs c0 + c1 k + c2 T + c3 S bytes. The
+coefficients are measured with the run's own learner on a few of its rows: the bytes of all storages alive at a time,
+seen from torch's dispatcher.
 HEAP and KERNELS are what was measured (glibc 2.36, torch 2.13, MiniLM); an allocator that returns memory needs less.
 Limits: a processor, not a GPU; the first BATCHES batches stand for a longer run.
 """
 
 import resource
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import finalize
@@ -42,6 +43,7 @@ from dfl_lora import machine, measures
 from dfl_lora.build import Federation
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
+from dfl_lora.models.packing import BUCKET, filled
 from dfl_lora.peers import Peers
 from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
@@ -54,13 +56,13 @@ KERNELS = 512 * 2**20
 """oneDNN keeps the last 1,024 kernels, half a megabyte each: measured, after which a run in bfloat16 grows no more."""
 BATCHES = 4000
 SMALL = 512
-"""Tokens of a measured pass."""
+"""Tokens of a measured pass; one of up to twice as many is measured whole."""
 FLOAT32, FLOAT64, MANY = 4, 8, 1 << 24
 
-Measured = Callable[[int, Batch], None]
-"""Does a pass of k peers, each with this batch."""
-Shapes = Mapping[tuple[int, ...], Batch]
-"""(peers, rows, padded length or width) of a pass -> the batch of one of its peers."""
+Measured = Callable[[Sequence[Batch]], None]
+"""Does a pass of peers with a batch each."""
+Passes = Sequence[Sequence[Batch]]
+"""What shares a pass: a batch of each of its peers."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     f, learner = federation, federation.learner
     assert isinstance(learner, StackedLearner), "memory is known of the stacked learner alone"
     loading = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    training, evaluation = training_shapes(learner, f.peers), evaluation_shapes(learner, f.peers)
+    training, evaluation = training_passes(learner, f.peers), evaluation_passes(learner, f.peers)
     phases = {p.trained: p for p in map(f.method.schedule, range(1, learner.work.rounds + 1))}.values()
     steps, forward = [training_pass(learner, f.peers, phase) for phase in phases], evaluation_pass(learner, f.peers)
-    steps[0](1, cut(next(iter(training.values())), 2))  # what a process has once: libraries read in, weights touched
+    steps[0]([cut(training[0][0], 2)])  # what a process has once: libraries read in, weights touched
     base = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
     state = sum(matrix.nbytes for matrix in f.peers.arrays().values())
     psutil.heap_trim()
@@ -132,7 +134,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
         process=process,
         base=base,
         peers=state,
-        kernels=min(grown * (len(training) * len(steps) + len(evaluation)), KERNELS),
+        kernels=min(grown * (len(set(map(size_of, training))) * len(steps) + len(set(map(size_of, evaluation)))), KERNELS),
         available=machine.available_memory() + machine.own_memory() if available is None else available,
     )
 
@@ -157,9 +159,9 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     return replace(of(len(f.peers)), peers_that_fit=fit)
 
 
-def training_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
-    """Returns every shape of a training pass among the first BATCHES batches that the peers will read."""
-    work, shapes, left = learner.work, dict[tuple[int, ...], Batch](), BATCHES
+def training_passes(learner: StackedLearner, peers: Peers) -> Passes:
+    """Returns the training passes of the first BATCHES batches that the peers will read."""
+    work, found, left = learner.work, list[list[Batch]](), BATCHES
     steps = {row: work.steps_of(learner.data.train[i]) for row, i in enumerate(peers.ids)}
     for first, s in ((t, s) for t in range(work.rounds) for s in range(max(steps.values()))):
         batches = {
@@ -167,31 +169,38 @@ def training_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
             for row, count in steps.items()
             if s < count
         }
-        for rows in passes(batches, learner.group_tokens):
-            shapes[len(rows), *batches[rows[0]].shape] = batches[rows[0]]
+        found += ([batches[row] for row in rows] for rows in passes(batches, learner.group_tokens))
         left -= len(batches)
         if left <= 0:
             break
-    return shapes
+    return found
 
 
-def evaluation_shapes(learner: StackedLearner, peers: Peers) -> Shapes:
-    """Returns every shape of an evaluation pass, and those of the consensus, one peer alone."""
-    shapes = dict[tuple[int, ...], Batch]()
+def evaluation_passes(learner: StackedLearner, peers: Peers) -> Passes:
+    """Returns the evaluation passes, and those of the consensus, one peer alone."""
+    found = list[list[Batch]]()
     for ids in (peers.ids, peers.ids[:1]):
-        streams = [evaluation_batches(learner.data.validation[i], EVALUATION_ROWS) for i in ids]
+        streams = {i: evaluation_batches(learner.data.validation[i], EVALUATION_ROWS) for i in ids}
         for batches in together(streams):
-            for rows in passes(batches, 2 * learner.group_tokens):
-                shapes[len(rows), *batches[rows[0]].shape] = batches[rows[0]]
-    return shapes
+            found += ([batches[i] for i in some] for some in passes(batches, 2 * learner.group_tokens))
+    return found
+
+
+Size = tuple[int, int, int]
+
+
+def size_of(batches: Sequence[Batch]) -> Size:
+    """Returns (peers, tokens with their fills, pairs of tokens that attention weighs) of a pass."""
+    pairs = sum(int(((-(-b.lengths // BUCKET) * BUCKET) ** 2).sum()) for b in batches)
+    return len(batches), sum(filled(b.tokens) for b in batches), pairs
 
 
 @dataclass(frozen=True)
 class Law:
-    """The bytes alive in a pass of k peers with b rows each, c0 + c1 k + c2 k b: in all, and in blocks below LARGE."""
+    """The bytes alive in a pass, [1, peers, tokens, pairs] times the coefficients: in all, and in blocks below LARGE."""
 
-    shape: tuple[int, ...]
-    coefficients: NDArray[np.float64]  # [3, 2]
+    size: Size
+    coefficients: NDArray[np.float64]  # [4, 2]
     budget: int
     """Tokens of a pass, which no number of peers exceeds."""
     passes: int
@@ -199,34 +208,40 @@ class Law:
 
     def __call__(self, growth: float) -> NDArray[np.float64]:
         """Returns both [2] where there are `growth` times as many peers."""
-        k, b, width = self.shape
-        peers = min(max(1, round(k * growth)), max(k, self.budget // (b * width)))
-        return np.array([1, peers, peers * b]) @ self.coefficients
+        peers, tokens, pairs = self.size
+        share = max(1 / peers, min(growth, max(1.0, self.budget / tokens)))
+        bytes: NDArray[np.float64] = np.array([1, peers * share, tokens * share, pairs * share]) @ self.coefficients
+        return bytes
 
 
-def laws_of(run: Measured, shapes: Shapes, budget: int) -> list[Law]:
+def laws_of(run: Measured, found: Passes, budget: int) -> list[Law]:
     """Returns the laws of the pass with the most tokens and of the one with the most pairs of tokens."""
-    by_tokens = max(shapes, key=lambda s: s[0] * s[1] * s[2])
-    by_pairs = max(shapes, key=lambda s: s[0] * s[1] * s[2] ** 2)
-    return [law_of(run, shape, shapes[shape], budget) for shape in dict.fromkeys((by_tokens, by_pairs))]
+    largest = {max(range(len(found)), key=lambda n: size_of(found[n])[by]) for by in (1, 2)}
+    return [law_of(run, found[n], budget) for n in sorted(largest)]
 
 
-def law_of(run: Measured, shape: tuple[int, ...], batch: Batch, budget: int) -> Law:
-    """Measures small passes of one length: the law is exact in k and b, and what does not vary has no say.
+def law_of(run: Measured, batches: Sequence[Batch], budget: int) -> Law:
+    """Measures small passes of the rows of a large one: the law is linear, and what does not vary has no say."""
+    size, longest = size_of(batches), max(batches, key=lambda b: int(b.lengths.max()))
+    few = max(1, SMALL // int(longest.lengths.max()))
+    ones = [[cut(longest, few)], [cut(longest, 2 * few)], [cut(longest, few, shortest=True)]]
+    points = [*ones, [cut(b, few) for b in batches[:2]]] if size[1] > 2 * SMALL else [batches]
+    sizes = [size_of(point) for point in points]
+    alive = [peak_of(run, point, LARGE * tokens // size[1]) for point, (_, tokens, _) in zip(points, sizes, strict=True)]
+    matrix = np.array([[1, *own] for own in sizes], dtype=float)
+    scale = matrix.max(0)  # pairs are a thousand times tokens
+    coefficients = np.linalg.lstsq(matrix / scale, np.array(alive, dtype=float))[0] / scale[:, None]
+    return Law(size, coefficients, budget, len(points))
 
-    Rows stay odd or even as in the large pass, since layers fill each peer's tokens up to whole blocks.
-    """
-    k, b, width = shape
-    few = min(b, max(2, SMALL // width) // 2 * 2 + b % 2)
-    points = list(dict.fromkeys([(1, few), (1, min(b, 2 * few + b % 2)), (min(k, 2), few)]))
-    alive = [peak_of(run, n, cut(batch, rows), LARGE * n * rows // (k * b)) for n, rows in points]
-    matrix = np.array([[1, n, n * rows] for n, rows in points], dtype=float)
-    return Law(shape, np.linalg.lstsq(matrix, np.array(alive, dtype=float))[0], budget, len(points))
 
-
-def cut(batch: Batch, rows: int) -> Batch:
-    """Returns the first rows of a batch."""
-    return Batch({name: value[:rows] for name, value in batch.inputs.items()}, batch.labels[:rows], batch.tokens)
+def cut(batch: Batch, rows: int, *, shortest: bool = False) -> Batch:
+    """Returns the longest rows of a batch, or the shortest, in the order of their length."""
+    order = np.argsort(batch.lengths, kind="stable")
+    chosen = (order if shortest else order[::-1])[:rows].copy()
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    tokens = torch.from_numpy(np.concatenate([np.arange(starts[r], starts[r] + batch.lengths[r]) for r in chosen]))
+    inputs = {name: values[tokens] for name, values in batch.inputs.items()}
+    return replace(batch, inputs=inputs, lengths=batch.lengths[chosen], labels=batch.labels[torch.from_numpy(chosen)])
 
 
 def scratch(peers: Peers, num_peers: int) -> Peers:
@@ -236,11 +251,11 @@ def scratch(peers: Peers, num_peers: int) -> Peers:
 
 
 def training_pass(learner: StackedLearner, peers: Peers, phase: Phase) -> Measured:
-    """Returns the local step of some peers with one batch each."""
+    """Returns the local step of some peers."""
 
-    def run(k: int, batch: Batch) -> None:
-        rows = range(k)
-        learner.step(scratch(peers, k), rows, [batch] * k, phase, [0.0] * k, [Tally() for _ in rows])
+    def run(batches: Sequence[Batch]) -> None:
+        rows = range(len(batches))
+        learner.step(scratch(peers, len(rows)), rows, batches, phase, [0.0 for _ in rows], [Tally() for _ in rows])
 
     return run
 
@@ -250,9 +265,9 @@ def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
     untrained = Phase(1, frozenset(), frozenset())
 
     @torch.inference_mode()
-    def run(k: int, batch: Batch) -> None:
-        some = scratch(peers, k)
-        learner.forward([batch] * k, learner.leaves(some, some.x, some.x, untrained))
+    def run(batches: Sequence[Batch]) -> None:
+        some = scratch(peers, len(batches))
+        learner.forward(batches, learner.leaves(some, some.x, some.x, untrained))
 
     return run
 
@@ -309,8 +324,8 @@ def storages(values: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def peak_of(run: Measured, num_peers: int, batch: Batch, large: int = LARGE) -> list[int]:
+def peak_of(run: Measured, batches: Sequence[Batch], large: int = LARGE) -> list[int]:
     """Returns the most bytes that a pass makes live at a time: of all blocks, of those below `large`."""
     with Alive(large) as alive:
-        run(num_peers, batch)
+        run(batches)
     return list(alive.peaks)

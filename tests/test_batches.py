@@ -25,7 +25,7 @@ def test_a_batch_holds_its_rows_without_padding_and_padded_to_a_multiple_of_8(
     rows = np.array(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6)))
     batch = source.collate(rows)
     own = [source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]].tolist() for row in rows]
-    assert batch.inputs["input_ids"].tolist() == sum(own, [])
+    assert batch.inputs["input_ids"].tolist() == [token for row in own for token in row]
     assert batch.lengths.tolist() == [len(row) for row in own] and batch.tokens == sum(map(len, own))
     longest, padded = max(map(len, own)), batch.padded()
     assert batch.width % 8 == 0 and longest <= batch.width < longest + 8

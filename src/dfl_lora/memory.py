@@ -134,7 +134,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
         process=process,
         base=base,
         peers=state,
-        kernels=min(grown * (len(set(map(size_of, training))) * len(steps) + len(set(map(size_of, evaluation)))), KERNELS),
+        kernels=min(grown * (num_sizes(training) * len(steps) + num_sizes(evaluation)), KERNELS),
         available=machine.available_memory() + machine.own_memory() if available is None else available,
     )
 
@@ -197,7 +197,7 @@ def size_of(batches: Sequence[Batch]) -> Size:
 
 @dataclass(frozen=True)
 class Law:
-    """The bytes alive in a pass, [1, peers, tokens, pairs] times the coefficients: in all, and in blocks below LARGE."""
+    """The bytes alive in a pass, [1, peers, tokens, pairs] times coefficients: in all, and in blocks below LARGE."""
 
     size: Size
     coefficients: NDArray[np.float64]  # [4, 2]
@@ -214,6 +214,10 @@ class Law:
         return bytes
 
 
+def num_sizes(found: Passes) -> int:
+    return len(set(map(size_of, found)))
+
+
 def laws_of(run: Measured, found: Passes, budget: int) -> list[Law]:
     """Returns the laws of the pass with the most tokens and of the one with the most pairs of tokens."""
     largest = {max(range(len(found)), key=lambda n: size_of(found[n])[by]) for by in (1, 2)}
@@ -227,7 +231,7 @@ def law_of(run: Measured, batches: Sequence[Batch], budget: int) -> Law:
     ones = [[cut(longest, few)], [cut(longest, 2 * few)], [cut(longest, few, shortest=True)]]
     points = [*ones, [cut(b, few) for b in batches[:2]]] if size[1] > 2 * SMALL else [batches]
     sizes = [size_of(point) for point in points]
-    alive = [peak_of(run, point, LARGE * tokens // size[1]) for point, (_, tokens, _) in zip(points, sizes, strict=True)]
+    alive = [peak_of(run, point, LARGE * own[1] // size[1]) for point, own in zip(points, sizes, strict=True)]
     matrix = np.array([[1, *own] for own in sizes], dtype=float)
     scale = matrix.max(0)  # pairs are a thousand times tokens
     coefficients = np.linalg.lstsq(matrix / scale, np.array(alive, dtype=float))[0] / scale[:, None]

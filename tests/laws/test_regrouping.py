@@ -176,7 +176,9 @@ def test_peers_of_two_blocks_of_the_embedded_encoder_end_with_the_same_bits_on_t
     data = token_data("bert", (16, 16), (9, 16))
     work = LocalWork(1, 16, steps=1)
     attention = "eager" if dtype == BF16 else "sdpa"
-    setting = Setting(base, Lora(("query", "value"), 4, 8), SCHEDULES["lora"]("shared"), data, work, attention=attention)
+    setting = Setting(
+        base, Lora(("query", "value"), 4, 8), SCHEDULES["lora"]("shared"), data, work, attention=attention
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as fused_adam
-from torch.optim.adamw import adamw as fused_adamw
-from torch.optim.sgd import sgd as fused_sgd
+from torch.optim.adam import adam as torch_adam
+from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.sgd import sgd as torch_sgd
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 WEIGHT_DECAY = 0.01
@@ -31,7 +31,7 @@ class Optimizer:
 
 def sgd(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """x <- x - lr g."""
-    fused_sgd(
+    torch_sgd(
         x, g, [None] * len(x), fused=True, weight_decay=0.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
         maximize=False,
     )  # fmt: skip
@@ -39,21 +39,25 @@ def sgd(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], ste
 
 def adam(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """x <- x - lr m_hat / (sqrt(v_hat) + eps), with bias-corrected moments of each peer's own step count."""
-    fused_adam(x, g, *moments(state, steps), **SETTINGS, lr=rate, weight_decay=0.0)
+    fused(torch_adam, x, g, state, steps, lr=rate, weight_decay=0.0)
 
 
 def adamw(x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]], steps: list[int], rate: float) -> None:
     """Adam after x <- (1 - 0.01 lr) x."""
-    fused_adamw(x, g, *moments(state, steps), **SETTINGS, lr=rate, weight_decay=WEIGHT_DECAY)
+    fused(torch_adamw, x, g, state, steps, lr=rate, weight_decay=WEIGHT_DECAY)
 
 
-def moments(state: Mapping[str, list[Tensor]], steps: list[int]) -> tuple[list[Tensor], ...]:
-    """Returns m, v, no maximum of v, and the step counts, as torch's functions take them."""
+def fused(
+    function: Callable[..., None], x: list[Tensor], g: list[Tensor], state: Mapping[str, list[Tensor]],
+    steps: list[int], **rates: float,
+) -> None:  # fmt: skip
+    """Calls torch's function of the Adam family on vectors with step counts of their own."""
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    return m, v, [], [torch.tensor(float(count), device=own.device) for count, own in zip(steps, m, strict=True)]
+    counts = [torch.tensor(float(count), device=own.device) for count, own in zip(steps, m, strict=True)]
+    settings = {"amsgrad": False, "beta1": BETA_1, "beta2": BETA_2, "eps": EPSILON, "maximize": False}
+    function(x, g, m, v, [], counts, fused=True, **settings, **rates)
 
 
-SETTINGS = {"fused": True, "amsgrad": False, "beta1": BETA_1, "beta2": BETA_2, "eps": EPSILON, "maximize": False}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(MOMENTS, adam),

@@ -149,7 +149,9 @@ class StackedLearner:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits, torch.cat([b.labels for b in batches]).to(self.device), reduction="none")
         counts = [len(b.labels) for b in batches]
-        return list(logits.detach().split(counts)), torch.stack([own.mean() for own in losses.split(counts)])
+        return list(torch.split(logits.detach(), counts)), torch.stack(
+            [own.mean() for own in torch.split(losses, counts)]
+        )
 
     @torch.no_grad()
     def optimize(

@@ -6,7 +6,7 @@ row asks; all are answered from.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ KERNELS: dict[str, Kernel] = {"eager": eager, "sdpa": sdpa}
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, current: Pass,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *, current: Pass,
     scaling: float, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that a Hugging Face module calls: query [1, heads, T or R, d] -> [1, T or R, heads, d]."""
@@ -50,7 +50,7 @@ def attend(
         kernels = dropping(current, q.shape[1], dropout.p)
     else:
         kernels = [KERNELS[current.attention]] * len(buckets)
-    return PackedAttention.apply(q, k, v, buckets, kernels, scaling, current.view == "firsts").unsqueeze(0), None
+    return packed_attention(q, k, v, buckets, kernels, scaling, current.view == "firsts").unsqueeze(0), None
 
 
 def dropping(current: Pass, heads: int, p: float) -> list[Kernel]:
@@ -88,11 +88,13 @@ class PackedAttention(torch.autograd.Function):
         """q [T, heads, d], or [R, heads, d] where only firsts ask; k and v [T, heads, d]; returns the shape of q."""
         result, graphs, wanted = torch.zeros_like(q), [], ctx.needs_input_grad[:3]
         for bucket, kernel in zip(buckets, kernels, strict=True):
-            parts = [bucket.gather(t, firsts and t is q).requires_grad_(grad) for t, grad in zip((q, k, v), wanted)]
+            asking, keys, values = bucket.gather(q, firsts), bucket.gather(k, False), bucket.gather(v, False)
+            for part, grad in zip((asking, keys, values), wanted, strict=True):
+                part.requires_grad_(grad)
             with torch.set_grad_enabled(any(wanted)):
-                answer = kernel(*parts, bucket.mask, scaling)
+                answer = kernel(asking, keys, values, bucket.mask, scaling)
             bucket.lay(answer.detach(), result, firsts)
-            graphs.append((parts, answer))
+            graphs.append(((asking, keys, values), answer))
         ctx.buckets, ctx.graphs, ctx.firsts, ctx.shapes = buckets, graphs, firsts, (q.shape, k.shape, v.shape)
         return result
 
@@ -110,5 +112,6 @@ class PackedAttention(torch.autograd.Function):
         return (*laid, None, None, None, None)
 
 
+packed_attention = cast(Callable[..., Tensor], PackedAttention.apply)
 AttentionInterface.register(PACKED, attend)
 AttentionMaskInterface.register(PACKED, lambda *_, **__: None)

@@ -1,8 +1,8 @@
 """The last layer of an encoder for the first tokens alone, where the head reads nothing else. Exact.
 
 Keys and values are made of all tokens, but only the first token of each row asks, is added to, and goes through the
-feed-forward block: about a seventh of the work of a six-layer encoder is never read. The layer is the base's own, called
-module by module.
+feed-forward block: about a seventh of the work of a six-layer encoder is never read. The layer is the base's own,
+called module by module.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,9 +22,9 @@ def asked(own: Any, query: nn.Module, key: nn.Module, value: nn.Module, x: Tenso
     with p.reading("firsts"):
         q = query(first)
     k, v = key(x), value(x)
-    heads = [t.view(*t.shape[:-1], -1, own.attention_head_size).transpose(1, 2) for t in (q, k, v)]
+    q, k, v = (t.view(*t.shape[:-1], -1, own.attention_head_size).transpose(1, 2) for t in (q, k, v))
     with p.reading("firsts"):
-        return attend(own, *heads, None, current=p, scaling=own.scaling)[0].flatten(2)
+        return attend(own, q, k, v, current=p, scaling=own.scaling)[0].flatten(2)
 
 
 def bert(layer: Any, hidden: Tensor, first: Tensor, current: Pass) -> Tensor:

@@ -94,7 +94,7 @@ def unmatched(target: str, names: Iterable[str]) -> UserError:
 
 
 def no_linear(name: str, kind: str) -> UserError:
-    return UserError(f"The target module '{name}' is a {kind}; LoRA is placed on nn.Linear modules only.")
+    return UserError(f"The target module '{name}' is a {kind}; LoRA is placed on nn.Linear and Conv1D modules only.")
 
 
 def too_high(r: int, d_in: int) -> UserError:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 ROW_BLOCK = 16
 BUCKET = 8
+PASS_BLOCK = 128
+"""In bfloat16 the processor's library compiles a kernel for every number of rows: passes come in fewer sizes."""
 Lengths = NDArray[np.int64]
 
 
@@ -45,22 +47,21 @@ class Bucket:
         Places beyond a row's end hold its first token, or `hidden` where that is given.
         """
         if firsts:
-            return whole[self.rows].unsqueeze(2)
-        tokens = whole[self.tokens]  # [n L, heads, d]
+            return whole.index_select(0, self.rows).unsqueeze(2)
+        tokens = whole.index_select(0, self.tokens)  # [n L, heads, d]
         if hidden is not None and self.beyond is not None:
             tokens[self.beyond] = hidden
-        return tokens.view(len(self.rows), -1, *whole.shape[1:]).transpose(1, 2).contiguous()  # one row takes no other path
+        # contiguous, so that one row alone takes no other path than several
+        return tokens.view(len(self.rows), -1, *whole.shape[1:]).transpose(1, 2).contiguous()
 
     def lay(self, answers: Tensor, whole: Tensor, firsts: bool) -> None:
-        """Writes answers, shaped as `gather` returns them, where they belong in whole; what lies beyond rows is lost."""
+        """Writes answers, shaped as `gather` returns them, where they belong; what lies beyond a row's end is lost."""
         if firsts:
-            whole[self.rows] = answers.squeeze(2)
+            whole.index_copy_(0, self.rows, answers.squeeze(2))
             return
         tokens = answers.transpose(1, 2).flatten(0, 1)  # [n L, heads, d]
-        if self.real is None:
-            whole[self.tokens] = tokens
-        else:
-            whole[self.tokens[self.real]] = tokens[self.real]
+        real = tokens if self.real is None else tokens.index_select(0, self.real)
+        whole.index_copy_(0, self.tokens if self.real is None else self.tokens[self.real], real)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Packing:
     lengths: Sequence[Lengths]
     """Of each peer, the number of tokens of each row."""
     widths: Sequence[int]
-    """Of each peer, how long its rows would be padded: dropout draws for these, so that its masks are plain PEFT's."""
+    """Of each peer, how long its rows would be padded: dropout draws for these, so that masks are plain PEFT's."""
     device: torch.device
     dtype: torch.dtype
     """Of what is computed, so of the masks."""
@@ -88,7 +89,8 @@ class Packing:
     @property
     def num_tokens(self) -> int:
         """Tokens of the pass, fills included."""
-        return self.token_spans[-1].stop
+        used: int = self.token_spans[-1].stop
+        return -(-used // PASS_BLOCK) * PASS_BLOCK if self.dtype == torch.bfloat16 else used
 
     @cached_property
     def starts(self) -> Lengths:

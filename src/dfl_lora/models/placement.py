@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dfl_lora.models.folder import Targets, no_linear, too_high, unmatched
 from dfl_lora.roles import Role, Roles
@@ -88,8 +89,17 @@ def split(start: Tensors, trained: Roles) -> tuple[Tensors, Tensors]:
     return start.select(trained), start.select(frozen)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Returns the modules that can carry LoRA: nn.Linear, and GPT-2's Conv1D, which holds W' [d_in, d_out]."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def size_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Returns (d_in, d_out)."""
+    if isinstance(module, Conv1D):
+        d_in, d_out = module.weight.shape
+        return d_in, d_out
+    return module.in_features, module.out_features
 
 
 def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
@@ -99,7 +109,7 @@ def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
     refused = [name for name in matched if name not in available]
     if refused:
         raise no_linear(refused[0], type(model.get_submodule(refused[0])).__name__)
-    modules = {name: (m.in_features, m.out_features) for name, m in available.items() if name in matched}
+    modules = {name: size_of(m) for name, m in available.items() if name in matched}
     head = {
         f"{name}.{part}": tuple(parameter.shape)
         for name, module in available.items()

@@ -262,9 +262,9 @@ class Compute(Part):
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """auto: eager for bfloat16 on a CPU (2.6x faster at short lengths), else sdpa."""
     group_tokens: Literal["auto"] | Positive = "auto"
-    """Padded tokens of a training pass over several peers. auto: 4096."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: cpu."""
+    """Tokens of a training pass over several peers. auto: 4096 on a CPU, 16384 on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds a GPU, else cpu."""
     threads: Literal["auto"] | Annotated[Positive, Field(le=1024)] = "auto"
     """auto: as many as torch takes."""
 

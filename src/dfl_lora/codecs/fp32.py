@@ -12,7 +12,7 @@ class Fp32:
     name = "fp32"
 
     def encode(self, x: Tensors, memory: object) -> Frame:
-        return Frame(self.name, x.layout.digest, {"x": x.flat})
+        return Frame(self.name, x.layout.digest, {"x": x.flat.cpu()})
 
     def decode(self, frame: Frame, like: Tensors) -> Tensors | None:
         """Returns the vector, or None where codec, layout, names, shape or dtype are not the expected ones."""
@@ -20,4 +20,4 @@ class Fp32:
             return None
         flat = frame.body["x"]
         fits = isinstance(flat, torch.Tensor) and flat.shape == like.flat.shape and flat.dtype == like.flat.dtype
-        return like.with_flat(flat) if fits else None
+        return like.with_flat(flat.to(like.flat.device)) if fits else None

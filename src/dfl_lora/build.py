@@ -13,14 +13,16 @@ from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
 from dfl_lora.data.labels import check_several, occurring
 from dfl_lora.errors import UserError
 from dfl_lora.learners import Learner
+from dfl_lora.learners.activations import Activations
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.sequential import SequentialLearner
 from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
+from dfl_lora.models.below import frozen_below
 from dfl_lora.models.folder import check_room
-from dfl_lora.models.placement import Lora, place, split
+from dfl_lora.models.placement import Lora, Placement, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
 from dfl_lora.peers import Peers
@@ -105,11 +107,30 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     work = local_work(recipe)
     trainer: Learner
     if learner == "stacked":
-        tokens = int(recipe.compute.group_tokens)
-        trainer = StackedLearner(base.model, data.peers, work, lora.scaling, tokens, recipe.compute.attention, device)
+        tokens, below = int(recipe.compute.group_tokens), num_below(recipe, base, placement)
+        kept = kept_of(recipe, base, files, below) if files and below else None
+        trainer = StackedLearner(
+            base.model, data.peers, work, lora.scaling, tokens, recipe.compute.attention, device, below, kept
+        )
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work, device)
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
+
+
+def num_below(recipe: Recipe, base: bases.Base, placement: Placement) -> int:
+    """Returns how many layers no peer adapts lie below the first adapted one, where what they make is never another.
+
+    Only where layers are chosen: else there are none. With the dropout of the base it is another each time.
+    """
+    asked = recipe.lora.layers_to_transform is not None and not recipe.train.dropout
+    return frozen_below(base.model, base.prefix, placement.modules) if asked else 0
+
+
+def kept_of(recipe: Recipe, base: bases.Base, files: bases.Files, below: int) -> Activations:
+    """Returns where what the lowest layers make of each row is kept."""
+    name: list[str | int] = [files.weights, files.tokenizer, below, recipe.compute.attention, str(torch.__version__)]
+    weight = next(base.model.parameters())  # of the embeddings: [tokens of the vocabulary, d]
+    return Activations(tasks.cache_place("activations"), name, weight.shape[1], weight.dtype)
 
 
 def checked_digest(recipe: Recipe, files: bases.Files | None) -> str:

@@ -78,6 +78,14 @@ class LoraPart(Part):
     """Scale by alpha / sqrt(r) instead."""
     init: Literal["kaiming", "orthonormal"] = "kaiming"
     """How A starts: uniform as in PEFT, or with orthonormal rows; B starts at zero."""
+    layers_to_transform: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """The layers that carry adapters, counted from 0; null: all. What frozen layers below them make is made once."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules to be a list of names, as in PEFT")
+        return self
 
 
 class Task(Part):

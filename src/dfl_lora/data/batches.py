@@ -33,6 +33,9 @@ class Batch:
     """The length that rows are padded to, which depends on this batch alone."""
     pads: Mapping[str, int]
     """What columns are padded with; empty where a row is one vector."""
+    source: "Source | None" = None
+    """The table that the rows are of, and their numbers in it; None where they are of none."""
+    rows: Rows | None = None
 
     @property
     def tokens(self) -> int:
@@ -121,6 +124,8 @@ class TokenSource:
     labels: Rows
     pad_values: Mapping[str, int]
     max_length: int
+    digest: str = ""
+    """Of the texts and of how they became tokens; empty where that is not known."""
 
     @cached_property
     def lengths(self) -> Rows:
@@ -133,7 +138,7 @@ class TokenSource:
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         places = np.repeat(self.offsets[rows], lengths) + within
         inputs = {name: torch.from_numpy(values[places].astype(np.int64)) for name, values in self.columns.items()}
-        return Batch(inputs, lengths, torch.from_numpy(self.labels[rows]), width, self.pad_values)
+        return Batch(inputs, lengths, torch.from_numpy(self.labels[rows]), width, self.pad_values, self, rows)
 
 
 @dataclass(frozen=True)

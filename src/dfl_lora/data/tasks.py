@@ -72,7 +72,7 @@ class Tokenization:
             arrays = read_arrays(folder)
         offsets = np.asarray(arrays.pop("offsets"))
         pads = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
-        return TokenSource(arrays, offsets, ids, pads, self.max_length)
+        return TokenSource(arrays, offsets, ids, pads, self.max_length, key)
 
     def write(self, folder: Path, texts: Sequence[Sequence[str]]) -> None:
         """Writes the ragged token columns to a cache folder, which appears whole or not at all."""
@@ -113,11 +113,11 @@ def read_arrays(folder: Path) -> dict[str, np.memmap[Any, Any]]:
         return {}
 
 
-def cache_place() -> Path:
-    """Returns where token caches are, made or not: under DFL_LORA_CACHE, or dfl-lora under the user's cache."""
+def cache_place(kind: str = "tokens") -> Path:
+    """Returns where caches of a kind are, made or not: under DFL_LORA_CACHE, or dfl-lora under the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get("DFL_LORA_CACHE") or Path(cache).expanduser() / "dfl-lora"
-    return Path(root) / "tokens"
+    return Path(root) / kind
 
 
 def cache_folder() -> Path:

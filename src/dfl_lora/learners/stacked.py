@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners import Progress
+from dfl_lora.learners.activations import Activations
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.metrics import Answers
@@ -58,13 +59,17 @@ class StackedLearner:
     group_tokens: int = 4096
     attention: str = "sdpa"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_below: int = 0
+    """Layers below the first that is adapted, and where what they make is kept; None: it is made anew."""
+    kept: Activations | None = None
     clock: Clock = lambda part: nullcontext()
     """Told of the parts of the work: data, forward, backward, optimiser."""
 
     def __post_init__(self) -> None:
         self.current = Pass(attention=self.attention)
         self.model.eval().requires_grad_(False)
-        install(self.model, self.current, self.scaling, self.work.lora_dropout, self.work.base_dropout)
+        work = self.work
+        install(self.model, self.current, self.scaling, work.lora_dropout, work.base_dropout, self.num_below)
         self.model.to(self.device)
         self.dtype = next(self.model.parameters()).dtype
 
@@ -145,7 +150,11 @@ class StackedLearner:
         packing = Packing([b.lengths for b in batches], [b.width for b in batches], self.device, self.dtype)
         self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
         inputs = packing.inputs([b.inputs for b in batches], batches[0].pads)
+        self.current.below = self.kept.get(batches, packing) if self.kept else None
         logits = read(self.model, inputs, self.current)[packing.row_index]
+        if self.kept and self.current.below is None and self.current.made is not None:
+            self.kept.put(batches, packing, self.current.made)
+        self.current.below = self.current.made = None
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits, torch.cat([b.labels for b in batches]).to(self.device), reduction="none")
         counts = [len(b.labels) for b in batches]

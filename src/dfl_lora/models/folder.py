@@ -93,6 +93,13 @@ def unmatched(target: str, names: Iterable[str]) -> UserError:
     )
 
 
+def no_layer(number: int, there: Iterable[int]) -> UserError:
+    layers = ", ".join(map(str, sorted(there))) or "none"
+    return UserError(
+        f"lora.layers_to_transform: layer {number} has no module of target_modules; layers that have one are {layers}."
+    )
+
+
 def no_linear(name: str, kind: str) -> UserError:
     return UserError(f"The target module '{name}' is a {kind}; LoRA is placed on nn.Linear and Conv1D modules only.")
 

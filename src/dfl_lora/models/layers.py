@@ -41,6 +41,10 @@ class Pass:
     attention: str = "sdpa"
     """The kernel of attention."""
     view: View = "tokens"
+    below: Tensor | None = None
+    """What the frozen layers below the first adapted one made of all tokens, [T, d], where that is known."""
+    made: Tensor | None = None
+    """The same, as they made it in this pass."""
 
     @property
     def spans(self) -> list[slice]:

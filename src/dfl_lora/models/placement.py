@@ -5,9 +5,9 @@ other, on a base weight that is equal at all peers and frozen; the role `head` i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dfl_lora.models.folder import Targets, no_linear, too_high, unmatched
+from dfl_lora.models.folder import Targets, no_layer, no_linear, too_high, unmatched
 from dfl_lora.roles import Role, Roles
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import Layout, Shape, Tensors
@@ -32,6 +32,7 @@ class Lora:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init: str = "kaiming"
+    layers_to_transform: Sequence[int] | None = None
 
     @property
     def scaling(self) -> float:
@@ -105,6 +106,8 @@ def size_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
 def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
     """Resolves target_modules on a model by PEFT's own rules; raises with the candidates where nothing matches."""
     available = linears(model)
+    if lora.layers_to_transform is not None:
+        check_layers(lora.layers_to_transform, match(model, replace(lora, layers_to_transform=None)))
     matched = match(model, lora)
     refused = [name for name in matched if name not in available]
     if refused:
@@ -119,6 +122,14 @@ def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
     return Placement(lora, modules, head)
 
 
+def check_layers(wanted: Iterable[int], matched: Iterable[str]) -> None:
+    """Raises where a layer that is asked for has no target module."""
+    there = {int(part) for name in matched for part in name.split(".") if part.isdigit()}
+    for number in wanted:
+        if number not in there:
+            raise no_layer(number, there)
+
+
 def match(model: nn.Module, lora: Lora) -> frozenset[str]:
     """Returns the module names that PEFT would put LoRA on, found by doing so on a copy without memory."""
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -131,7 +142,9 @@ def match(model: nn.Module, lora: Lora) -> frozenset[str]:
     try:
         with catch_warnings():
             simplefilter("ignore")
-            inject_adapter_in_model(LoraConfig(r=1, target_modules=targets, task_type=task_type), skeleton)
+            layers = None if lora.layers_to_transform is None else list(lora.layers_to_transform)
+            config = LoraConfig(r=1, target_modules=targets, task_type=task_type, layers_to_transform=layers)
+            inject_adapter_in_model(config, skeleton)
     except (ValueError, re.error):
         raise unmatched(str(targets), names) from None
     return frozenset(name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer))

@@ -8,16 +8,24 @@ from transformers import PreTrainedModel
 
 from dfl_lora.models import layers
 from dfl_lora.models.attention import PACKED
+from dfl_lora.models.below import install_below
 from dfl_lora.models.firsts import install_firsts
 from dfl_lora.models.layers import Pass
 
 
-def install(model: nn.Module, current: Pass, scaling: float, lora_dropout: float, base_dropout: bool) -> None:
-    """Makes a model read packed passes, in place: linear layers and dropout of peers, attention in buckets."""
+def install(
+    model: nn.Module, current: Pass, scaling: float, lora_dropout: float, base_dropout: bool, num_below: int = 0
+) -> None:
+    """Makes a model read packed passes, in place: linear layers and dropout of peers, attention in buckets.
+
+    The first `num_below` layers, which no peer adapts, are put where they can be passed over.
+    """
     layers.install(model, current, scaling, lora_dropout, base_dropout)
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation(PACKED)
         install_firsts(model, model.base_model_prefix, current)
+        if num_below:
+            install_below(model, model.base_model_prefix, num_below, current)
 
 
 def read(model: nn.Module, inputs: Mapping[str, Tensor], current: Pass) -> Tensor:

@@ -188,12 +188,13 @@ class StackedLearner:
         by_rate = defaultdict[float, list[int]](list)
         for place, rate in enumerate(rates):
             by_rate[rate].append(place)
-        optimizer, before = OPTIMIZERS[self.work.optimizer], peers.counters[:, role].tolist()
+        optimizer = OPTIMIZERS[self.work.optimizer]
         for rate, places in by_rate.items():
             some = [rows[place] for place in places]
             state = {name: [m[row, span] for row in some] for name, m in peers.optimizer.items()}
             given = [gradients[place][span] for place in places]
-            optimizer.step([peers.x[row, span] for row in some], given, state, [before[row] for row in some], rate)
+            steps = peers.counters[some, role].tolist()
+            optimizer.step([peers.x[row, span] for row in some], given, state, steps, rate)
         peers.counters[rows, role] += 1
 
     @torch.inference_mode()

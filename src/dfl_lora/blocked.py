@@ -4,9 +4,9 @@ On an edge between peers lo < hi runs one flow f = w (x_hi - x_lo): lo adds it a
 of `combine.mean`, and each row takes them in the order of its neighbours' ids, so both end with the same bits.
 
 Rows have their turn in the order of ids. Until then a row is as it was, so at its turn its flows to higher rows are
-computed, the kept flows from lower rows are subtracted, and its own are added: what is kept between turns are the flows
-that cross from the rows that are done to those that are not (three on a ring). Columns go in blocks, narrow enough for a
-few rows of a block to stay in a core's cache, and each thread takes blocks: a block's bits depend on nothing else.
+computed, the kept flows from lower rows are subtracted, and its own are added. What is kept between turns are the flows
+that cross from rows that are done to rows that are not: three on a ring. Columns go in blocks, narrow enough for a few
+rows of a block to stay in a core's cache, and each thread takes blocks: a block's bits depend on nothing else.
 """
 
 from collections.abc import Iterable, Sequence

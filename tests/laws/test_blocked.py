@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dfl_lora import blocked
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.graphs import GRAPHS, Graph
-from dfl_lora.mixing import MIXINGS, Mixing, given as given_matrix, matrix
+from dfl_lora.mixing import MIXINGS, Mixing, matrix
+from dfl_lora.mixing import given as given_matrix
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers

@@ -64,10 +64,10 @@ def test_the_predicted_peak_of_a_run_of_three_hundred_peers_is_within_a_fifth_of
     assert predicted["total"] == pytest.approx(peak, rel=0.2)
 
 
-def test_what_peers_hold_and_their_checkpoint_grow_with_their_number() -> None:
+def test_what_peers_hold_grows_with_their_number_and_their_checkpoint_does_not() -> None:
     three, six = of_toy(3), of_toy(6)
     assert six.peers == 2 * three.peers > 0
-    assert six.checkpoint == 2 * three.checkpoint == 4 * three.peers
+    assert six.checkpoint == three.checkpoint > 0
     assert six.export == 2 * three.export
     assert six.base == three.base > 0
 

@@ -14,7 +14,7 @@ heap        what the allocator keeps of freed blocks below LARGE: HEAP for each 
 kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
 exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
 measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products
-checkpoint  the state twice: as bytes of each matrix and as one file
+checkpoint  a piece of the file: the state is written from its own memory
 export      the mean of the peers in float64
 
 A pass of k peers, b rows each, of one length needs c0 + c1 k + c2 k b bytes. The coefficients are measured with the
@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from dfl_lora import machine, measures
 from dfl_lora.build import Federation
+from dfl_lora.checkpoint import PIECE
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
 from dfl_lora.peers import Peers
@@ -149,7 +150,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
             heap=int((1 + HEAP) * small.max() + (whole - small).max() - whole.max()),
             exchange=exchanging(f, num_peers),
             measures=measuring(f.peers, num_peers),
-            checkpoint=2 * held,
+            checkpoint=PIECE,
             export=FLOAT64 * f.peers.layout.size * num_peers,
         )
 

@@ -13,9 +13,10 @@ heap        what the allocator keeps of freed blocks below LARGE: HEAP for each 
             these blocks of training beside the large ones of evaluation
 kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
 exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
-measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products
+measures    of few peers the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products;
+            of many a few d_out x d_in matrices and the factors of a block of peers
 checkpoint  a piece of the file: the state is written from its own memory
-export      the mean of the peers in float64
+export      some columns of the peers in float64, for their mean
 
 A pass of k peers, b rows each, of one length needs c0 + c1 k + c2 k b bytes. The coefficients are measured with the
 run's own learner on a few rows: the bytes of all storages alive at a time, seen from torch's dispatcher.
@@ -43,7 +44,7 @@ from dfl_lora.build import Federation
 from dfl_lora.checkpoint import PIECE
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
-from dfl_lora.peers import Peers
+from dfl_lora.peers import MEAN_COLUMNS, Peers
 from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
 
@@ -151,7 +152,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
             exchange=exchanging(f, num_peers),
             measures=measuring(f.peers, num_peers),
             checkpoint=PIECE,
-            export=FLOAT64 * f.peers.layout.size * num_peers,
+            export=FLOAT64 * min(f.peers.layout.size, MEAN_COLUMNS) * num_peers,
         )
 
     fit = bisect_right(range(1, MANY), start.available, key=lambda n: of(n).total)
@@ -272,7 +273,11 @@ def measuring(peers: Peers, num_peers: int) -> int:
     sizes = [0]
     for a, b in measures.factors(peers):
         r, d_in, d_out = a.shape[1], a.shape[2], b.shape[1]
-        sizes.append(3 * (2 * r * num_peers) ** 2 + num_peers * r * (4 * d_in + 5 * d_out))
+        if measures.by_pairs(num_peers, r, d_in, d_out):
+            sizes.append(3 * (2 * r * num_peers) ** 2 + num_peers * r * (4 * d_in + 5 * d_out))
+        else:
+            block = min(num_peers, measures.peers_in_block(r, d_in, d_out))
+            sizes.append(3 * d_in * d_out + block * r * (6 * d_in + 5 * d_out + 12 * r))
     return FLOAT64 * max(sizes)
 
 

@@ -18,6 +18,9 @@ from dfl_lora.tensors import Layout, Tensors
 STEPS = len(ROLES)
 """counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
 
+MEAN_COLUMNS = 1024
+"""Columns of x that are in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -84,8 +87,14 @@ class Peers(Sequence[Peer]):
 
     def adapter(self, row: int | None) -> dict[str, Tensor]:
         """Returns every adapter tensor by name, of one row or (None) of the consensus: the mean over peers."""
-        flat = self.x.mean(0, dtype=torch.float64).to(self.x.dtype) if row is None else self.x[row]
-        return {**dict(self.common.items()), **dict(Tensors(flat, self.layout).items())}
+        flat = self.mean() if row is None else Tensors(self.x[row], self.layout)
+        return {**dict(self.common.items()), **dict(flat.items())}
+
+    def mean(self) -> Tensors:
+        """Returns the mean over peers, summed in float64 with no such copy of all of x."""
+        columns = [self.x[:, start : start + MEAN_COLUMNS] for start in range(0, self.layout.size, MEAN_COLUMNS)]
+        parts = [part.mean(0, dtype=torch.float64).to(self.x.dtype) for part in columns]
+        return Tensors(torch.cat([*parts, self.x[0, :0]]), self.layout)
 
     def arrays(self) -> dict[str, Tensor]:
         """Returns every matrix by name, as a checkpoint saves them."""
@@ -95,5 +104,4 @@ class Peers(Sequence[Peer]):
 
     def consensus(self, ids: Iterable[int] = (-1,)) -> "Peers":
         """Returns a peer (or several, with these ids) at the mean of all: what the federation agreed on."""
-        mean = Tensors(self.x.mean(0, dtype=torch.float64).to(self.x.dtype), self.layout)
-        return Peers(ids, mean, self.common)
+        return Peers(ids, self.mean(), self.common)

@@ -6,13 +6,14 @@
 process     this process after one small pass, less base and peers: libraries, rows, what loading left behind
 loading     the peak of this process so far: it has loaded what a run loads
 base        bytes of the frozen model, once
-peers       4 N P (1 + vectors of the optimiser + vectors of the correction)
+peers       4 N P (1 + vectors of the optimiser + vectors of the correction); nothing where they are stored on disk
 training    the tensors alive in the largest pass, forward and backward, which the recipe's own batches give
 evaluation  the same of the largest evaluation pass
 heap        what the allocator keeps of freed blocks below LARGE: HEAP for each byte that lived in such blocks, and
             these blocks of training beside the large ones of evaluation
 kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
-exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
+exchange    the flows of a block where peers are mixed at once, else 4 N S for what leaves and as much for what comes
+            back; S numbers in a message
 measures    of few peers the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products;
             of many a few d_out x d_in matrices and the factors of a block of peers
 checkpoint  a piece of the file: the state is written from its own memory
@@ -39,12 +40,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfl_lora import machine, measures
+from dfl_lora import blocked, machine, measures
 from dfl_lora.build import Federation
 from dfl_lora.checkpoint import PIECE
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
+from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import MEAN_COLUMNS, Peers
+from dfl_lora.rounds import at_once
 from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
 
@@ -122,9 +125,10 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     steps, forward = [training_pass(learner, f.peers, phase) for phase in phases], evaluation_pass(learner, f.peers)
     steps[0](1, cut(next(iter(training.values())), 2))  # what a process has once: libraries read in, weights touched
     base = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
-    state = sum(matrix.nbytes for matrix in f.peers.arrays().values())
+    on_disk = f.recipe.compute.store == "disk"
+    state = 0 if on_disk else sum(matrix.nbytes for matrix in f.peers.arrays().values())
     psutil.heap_trim()
-    process = machine.own_memory() - base - state
+    process = machine.own_memory() - base - (f.peers.x.nbytes if on_disk else state)
     used = psutil.heap_info().heap_used
     alive = [law for step in steps for law in laws_of(step, training, learner.group_tokens)]
     scored = laws_of(forward, evaluation, 2 * learner.group_tokens)
@@ -260,9 +264,19 @@ def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
 
 
 def exchanging(federation: Federation, num_peers: int) -> int:
-    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded."""
-    peer, method, graph = scratch(federation.peers, 1)[0], federation.method, federation.graph
-    phases = {(phase := method.schedule(t)).shared: phase for t in range(1, federation.recipe.train.rounds + 1)}
+    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded.
+
+    Peers that are mixed at once keep some flows of a block instead.
+    """
+    f, method, graph = federation, federation.method, federation.graph
+    phases = {(phase := method.schedule(t)).shared: phase for t in range(1, f.recipe.train.rounds + 1)}
+    if at_once(f.peers, method, MemoryNetwork()) and (sweep := blocked.sweep_of(graph, method.mixing, frozenset())):
+        spans = [span for shared in phases for span in f.peers.layout.spans(shared)]
+        blocks = sweep.blocks(spans, f.peers.x.itemsize)
+        if blocks is not None:
+            widest = max((block.stop - block.start for block in blocks), default=0)
+            return sweep.num_kept * widest * f.peers.x.itemsize * torch.get_num_threads()
+    peer = scratch(f.peers, 1)[0]
     numbers = max(method.correction.outgoing(peer, phase).flat.numel() for phase in phases.values())
     degree = max(graph.degree(i) for i in range(graph.num_peers))
     return FLOAT32 * numbers * (2 * num_peers + degree + 1)

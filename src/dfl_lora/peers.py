@@ -7,12 +7,14 @@ The tensors that no round trains (the frozen A of DFL-LoRA, a frozen head) are o
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from dfl_lora.roles import ROLES
+from dfl_lora.store import zeros
 from dfl_lora.tensors import Layout, Tensors
 
 STEPS = len(ROLES)
@@ -49,14 +51,19 @@ class Peers(Sequence[Peer]):
         *,
         optimizer: Iterable[str] = (),
         memory: Iterable[str] = (),
+        place: Path | None = None,
     ) -> None:
-        """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all."""
+        """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all.
+
+        The matrices lie in memory, or in files of the folder `place`.
+        """
         self.ids = tuple(ids)
         self.layout: Layout = start.layout
         self.common = common
-        self.x = start.flat.repeat(len(self.ids), 1)  # [N, P]
-        self.optimizer = {name: torch.zeros_like(self.x) for name in optimizer}
-        self.memory = {name: torch.zeros_like(self.x) for name in memory}
+        shape, dtype = (len(self.ids), start.layout.size), start.flat.dtype
+        self.x = zeros(place, *shape, dtype).copy_(start.flat)  # [N, P]
+        self.optimizer = {name: zeros(place, *shape, dtype) for name in optimizer}
+        self.memory = {name: zeros(place, *shape, dtype) for name in memory}
         self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
 
     @overload

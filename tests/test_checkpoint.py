@@ -1,16 +1,23 @@
 """Damaged resume points: whichever byte is other, it is told, and nothing is loaded."""
 
+import hashlib
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
+from dfl_lora import machine
 from dfl_lora.build import Federation, build
-from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
+from dfl_lora.checkpoint import PIECE, load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
-from dfl_lora.latest import LATEST, read_latest
+from dfl_lora.latest import LATEST, read_latest, seal_of
+from dfl_lora.peers import Peers
 from dfl_lora.reading import resolve
+from dfl_lora.tensors import Layout, Tensors
 from tiny import toy
 
 STATE = "state-000002.safetensors"
@@ -66,6 +73,49 @@ def test_a_state_that_is_gone_is_named(folder: Path) -> None:
     (folder / STATE).unlink()
     with pytest.raises(UserError, match=f"damaged \\({STATE} is missing\\)"):
         read_latest(folder)
+
+
+def test_a_state_is_a_file_of_safetensors(folder: Path, federation: Federation) -> None:
+    content, arrays = (folder / STATE).read_bytes(), federation.peers.arrays()
+    assert content == save(arrays)
+    read = load(content)
+    assert read.keys() == arrays.keys() and all(torch.equal(read[name], arrays[name]) for name in arrays)
+
+
+def test_what_is_loaded_is_what_was_saved(folder: Path, federation: Federation) -> None:
+    other = build(resolve(toy()))
+    for number, matrix in enumerate(other.peers.arrays().values()):
+        matrix.fill_(number)
+    assert load_checkpoint(folder, other.peers, federation.digest) is not None
+    assert save(other.peers.arrays()) == save(federation.peers.arrays())
+
+
+def test_a_state_of_other_tensors_is_told_and_not_loaded(folder: Path, federation: Federation) -> None:
+    """Whoever writes to the folder can seal what they like."""
+    other, latest = save({"x": torch.zeros(3, 5)}), json.loads((folder / LATEST).read_text())
+    (folder / STATE).write_bytes(other)
+    del latest["seal"]
+    latest["sha256"] = hashlib.sha256(other).hexdigest()
+    (folder / LATEST).write_text(json.dumps(latest | {"seal": seal_of(latest)}))
+    before = federation.peers.x.clone()
+    with pytest.raises(UserError, match="its tensors are not this run's"):
+        load_checkpoint(folder, federation.peers, federation.digest)
+    assert torch.equal(federation.peers.x, before)
+
+
+def test_neither_saving_nor_loading_copies_the_state(tmp_path: Path) -> None:
+    """The file is hashed and written from the matrices' own memory, and read into it."""
+    layout = Layout.of({"q.B": ("B", (50_000, 2))})
+    start, nothing = Tensors(torch.ones(100_000), layout), Tensors(torch.zeros(0), Layout.of({}))
+    peers = Peers(range(100), start, nothing, optimizer=("exp_avg",))  # 80 MB
+    tracemalloc.start()
+    before = machine.own_memory()
+    save_checkpoint(tmp_path, peers, 1, "d", {})
+    load_checkpoint(tmp_path, peers, "d")
+    grown, traced = machine.own_memory() - before, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(grown, traced) < 2 * PIECE + 2**21
+    assert torch.equal(peers.x, torch.ones(100, 100_000)) and not peers.optimizer["exp_avg"].any()
 
 
 def test_what_a_killed_process_left_is_gone_after_the_next_load(folder: Path, federation: Federation) -> None:

@@ -19,6 +19,18 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
+def test_a_file_may_be_given_piece_by_piece(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", (memoryview(b"one"), b"", b"two"))
+    assert files_of(tmp_path) == {"a": b"onetwo"}
+
+
+def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"one")
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(tmp_path / "a", (bytes([1 // k]) for k in (1, 0)))
+    assert files_of(tmp_path) == {"a": b"one"}
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
 def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_names_it(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfl_lora.measures import Consensus, consensus, factors, inner_products
+from dfl_lora import measures
+from dfl_lora.measures import (
+    Consensus,
+    consensus,
+    factors,
+    inner_products,
+    many_distances,
+    module_distances,
+)
+from dfl_lora.memory import Alive
 from dfl_lora.peers import Peers
 from dfl_lora.tensors import Layout, Tensors
 
@@ -82,6 +91,48 @@ def test_no_digits_are_lost_where_peers_nearly_agree(seed: int, spread: float) -
     expected = exact(modules, 4)
     assert 0 < expected.consensus_error < 100 * spread
     assert_close(consensus(modules, 4), expected, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 40),
+    st.tuples(st.integers(1, 8), st.integers(1, 3), st.integers(1, 8)),
+    st.sampled_from([1.0, 1e-3, 1e-6]),
+    st.integers(1, 600),
+    st.booleans(),
+)
+def test_many_peers_are_measured_as_few_are(
+    seed: int, n: int, shape: tuple[int, int, int], spread: float, block: int, frozen: bool
+) -> None:
+    """Whatever the size of a block: to 1e-10 of the largest distance."""
+    ((a, b),) = random_modules(seed, n, [shape], spread)
+    a = a[:1].expand_as(a) if frozen else a
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "BLOCK", block)
+        found, expected = many_distances(a, b), module_distances(a, b)
+    scale = expected[0].max().item()
+    assert found[0].tolist() == pytest.approx(expected[0].tolist(), rel=1e-10, abs=1e-10 * scale + 1e-15)
+    squares = [[v**2 for v in row.tolist()] for row in (found[1], expected[1])]  # a peer at the mean is a root of 0
+    assert squares[0] == pytest.approx(squares[1], rel=1e-10, abs=1e-10 * scale**2 + 1e-30)
+    assert found[2].item() == pytest.approx(expected[2].item(), rel=1e-10, abs=1e-15)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_many_peers_are_measured_as_their_products_say(spread: float, precision: torch.dtype) -> None:
+    modules = [(a.to(precision), b.to(precision)) for a, b in random_modules(1, 12, [(5, 2, 6), (3, 1, 4)], spread)]
+    assert not any(measures.by_pairs(12, *a.shape[1:], b.shape[1]) for a, b in modules)
+    assert_close(consensus(modules, 12), exact(modules, 12), rel=1e-9)
+
+
+def test_thousands_of_peers_need_a_few_megabytes_and_no_pairs_of_them() -> None:
+    """All pairs would be 4 GB."""
+    a, b = random_modules(0, 4000, [(32, 2, 16)])[0]
+    with Alive(2**40) as alive:
+        found = consensus([(a, b)], 4000)
+    assert alive.peaks[0] < 8 * 6 * measures.BLOCK
+    assert_close(found, naive([(a, b)], 4000), rel=1e-9)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-9])

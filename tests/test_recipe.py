@@ -28,7 +28,7 @@ method:   {schedule: lora, head: shared, correction: none, mixer: plain, combine
 train:    {rounds: 20, local: {steps: 10}, order: standard, shuffle: true, batch_size: 16, optimizer: adam,
            learning_rate: 1.0e-3, lr_scheduler_type: cosine, max_grad_norm: null, dropout: false, seed: 0}
 evaluate: {every: 1, rows: null, before_mixing: false, metric: accuracy}
-compute:  {dtype: auto, attention: auto, group_tokens: auto, device: auto, threads: auto}
+compute:  {dtype: auto, attention: auto, group_tokens: auto, device: auto, threads: auto, store: auto}
 output:   {dir: null, checkpoint_every: 1, adapters: all, report_to: []}
 """
 SHORTEST: Content = {

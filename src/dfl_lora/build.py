@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Literal
 
 import numpy as np
 import torch
 
-from dfl_lora import codecs, combine, corrections, graphs, mixers, schedules
+from dfl_lora import codecs, combine, corrections, graphs, machine, mixers, schedules
 from dfl_lora.data import partition, sources, tasks
 from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
 from dfl_lora.data.labels import check_several, occurring
@@ -75,8 +77,13 @@ class Federation:
     export: Export | None
 
 
-def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked") -> Federation:
-    """Returns the federation of a recipe, hosting the peers `ids` (None: all)."""
+def build(
+    recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stacked", folder: Path | None = None
+) -> Federation:
+    """Returns the federation of a recipe, hosting the peers `ids` (None: all).
+
+    Peers that are stored on disk lie in `folder`, or the one above it that there is (None: temporary files).
+    """
     recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
     graph, method = build_method(recipe)
@@ -101,8 +108,11 @@ def build(recipe: Recipe, ids: Iterable[int] | None = None, learner: str = "stac
     device = torch.device(recipe.compute.device)
     start = start.with_flat(start.flat.to(device))
     own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
-    memory = method.correction.memory
-    peers = Peers(hosted, own, common, optimizer=OPTIMIZERS[recipe.train.optimizer].state, memory=memory)
+    vectors, memory = OPTIMIZERS[recipe.train.optimizer].state, method.correction.memory
+    store = resolve_store(recipe.compute, own.flat.nbytes * len(hosted) * (1 + len(vectors) + len(memory)))
+    recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"store": store})})
+    where = (folder or Path(gettempdir())) if store == "disk" else None
+    peers = Peers(hosted, own, common, optimizer=vectors, memory=memory, place=where)
     export = Export.of(base, placement, data.labels) if files else None
     work = local_work(recipe)
     trainer: Learner
@@ -157,6 +167,7 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
         group_tokens=GROUP_TOKENS[device] if compute.group_tokens == "auto" else compute.group_tokens,
         device=device,
         threads=torch.get_num_threads() if compute.threads == "auto" else compute.threads,
+        store=compute.store,
     )
 
 
@@ -166,6 +177,13 @@ def device_of(compute: Compute) -> Literal["cpu", "cuda"]:
     if compute.device == "cuda" and not there:
         raise UserError("compute.device is cuda, but torch finds no GPU here; set it to cpu or auto.")
     return "cuda" if there and compute.device != "cpu" else "cpu"
+
+
+def resolve_store(compute: Compute, num_bytes: int) -> str:
+    """Returns where so many bytes of peers lie: by what this machine may use at most, never by what is free now."""
+    if compute.store != "auto":
+        return compute.store
+    return "disk" if 2 * num_bytes > machine.total_memory() else "memory"
 
 
 def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:

@@ -6,18 +6,23 @@ atomically, so that a process killed at any moment leaves the last whole checkpo
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
+from torch import Tensor
 
+from dfl_lora.codecs.frames import Frame, in_order
 from dfl_lora.errors import UserError
 from dfl_lora.files import write_atomically
 from dfl_lora.latest import LATEST, damaged, read_latest, seal_of
 from dfl_lora.peers import Peers
+
+PIECE = 4 * 2**20
+"""Bytes that are written, hashed or read at a time."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,17 @@ class Checkpoint:
 def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: Mapping[str, Any]) -> None:
     """Writes the state of all hosted peers after a round; older states are removed once it is in force."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = save({name: matrix.contiguous().cpu() for name, matrix in peers.arrays().items()})
-    name = f"state-{round:06d}.safetensors"
-    write_atomically(folder / name, content)
+    name, seen = f"state-{round:06d}.safetensors", hashlib.sha256()
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces(peers.arrays()):
+            seen.update(piece)
+            yield piece
+
+    write_atomically(folder / name, hashed())
     latest = {
         "file": name,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": seen.hexdigest(),
         "round": round,
         "recipe_digest": digest,
         "layout_digest": peers.layout.digest,
@@ -52,28 +62,51 @@ def load_checkpoint(folder: Path, peers: Peers, digest: str) -> Checkpoint | Non
     latest = read_latest(folder)
     if latest is None:
         return None
-    try:
-        content = (folder / Path(latest["file"]).name).read_bytes()
-        intact = hashlib.sha256(content).hexdigest() == latest["sha256"]
-        arrays = load(content) if intact else {}
-        kept, round, recipe = dict(latest["kept"]), int(latest["round"]), latest["recipe_digest"]
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise damaged(folder, f"{type(error).__name__}: {error}") from None
-    if not intact:
-        raise damaged(folder, "its sha256 is not the recorded one")
+    kept, round, recipe = latest["kept"], latest["round"], latest["recipe_digest"]
     same_peers = latest["peers"] == list(peers.ids) and latest["layout_digest"] == peers.layout.digest
-    if recipe != digest or not same_peers:
-        raise UserError(
-            f"The checkpoint in {folder} belongs to another recipe (digest {str(recipe)[:12]}, not {digest[:12]}); "
-            "resume with the recipe it was started with, or start anew with --overwrite."
-        )
-    own = peers.arrays()
-    if {k: (v.shape, v.dtype) for k, v in arrays.items()} != {k: (v.shape, v.dtype) for k, v in own.items()}:
-        raise damaged(folder, "its tensors are not this run's")
-    for name, matrix in own.items():
-        matrix.copy_(arrays[name])
+    try:
+        with (folder / Path(latest["file"]).name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != latest["sha256"]:
+                raise damaged(folder, "its sha256 is not the recorded one")
+            if recipe != digest or not same_peers:
+                raise UserError(
+                    f"The checkpoint in {folder} belongs to another recipe (digest {str(recipe)[:12]}, not "
+                    f"{digest[:12]}); resume with the recipe it was started with, or start anew with --overwrite."
+                )
+            file.seek(0)
+            if not read_into(peers.arrays(), file):
+                raise damaged(folder, "its tensors are not this run's")
+    except OSError as error:
+        raise damaged(folder, f"{type(error).__name__}: {error}") from None
     tidy(folder, latest["file"])
     return Checkpoint(round, kept)
+
+
+def read_into(arrays: Mapping[str, Tensor], file: BufferedReader) -> bool:
+    """Reads a state into the matrices; False, with nothing read into them, where it holds others than these."""
+    header = prefix(arrays)  # names, dtypes and shapes, and so the place of each number
+    same = file.read(len(header)) == header
+    for _, matrix in in_order(arrays) if same else ():
+        for piece in memory_of(matrix):
+            file.readinto(piece)
+    return same
+
+
+def pieces(arrays: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yields the content of a safetensors file of these matrices: its header, then their own memory."""
+    yield prefix(arrays)
+    for _, matrix in in_order(arrays):
+        yield from memory_of(matrix)
+
+
+def prefix(arrays: Mapping[str, Tensor]) -> bytes:
+    return Frame("", "", arrays).prefix
+
+
+def memory_of(matrix: Tensor) -> Iterator[memoryview]:
+    """Yields the bytes of a contiguous matrix, themselves and not a copy."""
+    content = matrix.view(-1).view(torch.uint8).numpy().data
+    return (content[start : start + PIECE] for start in range(0, len(content), PIECE))
 
 
 def tidy(folder: Path, state: str) -> None:

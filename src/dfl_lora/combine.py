@@ -56,10 +56,18 @@ Combine = Callable[[Inbox], Tensors]
 
 
 def mean(inbox: Inbox) -> Tensors:
-    """Returns x_i + sum_j w_ij (q_j - q_i), summed in the order of peer ids."""
-    total = inbox.own.flat.clone()
+    """Returns x_i + sum_j w_ij (q_j - q_i), summed in the order of peer ids.
+
+    Both ends of an edge compute the same flow, w_ij times the higher id's value less the lower's, each operation
+    rounded: the lower adds it and the higher subtracts it.
+    """
+    total, sent = inbox.own.flat.clone(), inbox.sent.flat
     for j, message in inbox.received.items():
-        total.add_(message.flat - inbox.sent.flat, alpha=inbox.row.weights[j])
+        weight = inbox.row.weights[j]
+        if j > inbox.row.peer:
+            total.add_((message.flat - sent).mul_(weight))
+        else:
+            total.sub_((sent - message.flat).mul_(weight))
     return inbox.own.with_flat(total)
 
 

@@ -8,7 +8,7 @@ known by that ending and swept away by the next one.
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
@@ -16,14 +16,15 @@ from tempfile import mkdtemp, mkstemp
 ENDING = ".partial"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; an error of the disk names the file."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Writes a file, given whole or piece by piece, whole or not at all; an error of the disk names the file."""
     descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=ENDING)
     partial = Path(name)
     try:
         with naming(path):
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                for piece in [content] if isinstance(content, bytes) else content:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             partial.chmod(0o644)

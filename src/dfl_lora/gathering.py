@@ -77,9 +77,9 @@ class Rounds:
 def load_states(federation: Federation, run: Path) -> None:
     """Loads into the peers of a federation what each of them ended with in a process of its own."""
     peers = federation.peers
-    start, kinds = Tensors(peers.x[0].clone(), peers.layout), {"optimizer": peers.optimizer, "memory": peers.memory}
+    start = Tensors(peers.x[0].clone(), peers.layout)
     for row, peer in enumerate(peers.ids):
-        own = Peers([peer], start, peers.common, **kinds)
+        own = Peers([peer], start, peers.common, optimizer=peers.optimizer, memory=peers.memory)
         if load_checkpoint(folder_of(run, peer) / "checkpoint", own, federation.digest) is None:
             raise UserError(f"{folder_of(run, peer)} has no checkpoint; start the federation anew with --overwrite.")
         for name, matrix in peers.arrays().items():

@@ -28,6 +28,11 @@ def memory_limit(root: Path = CGROUPS) -> int | None:
     return limit if limit < total else None
 
 
+def total_memory(root: Path = CGROUPS) -> int:
+    """Returns the bytes that this process may use at most."""
+    return memory_limit(root) or int(psutil.virtual_memory().total)
+
+
 def limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yields (limit, used) of each control group above this process that has a limit."""
     for group, (limit, used) in product(groups(root), LIMITS):

@@ -6,16 +6,18 @@
 process     this process after one small pass, less base and peers: libraries, rows, what loading left behind
 loading     the peak of this process so far: it has loaded what a run loads
 base        bytes of the frozen model, once
-peers       4 N P (1 + vectors of the optimiser + vectors of the correction)
+peers       4 N P (1 + vectors of the optimiser + vectors of the correction); nothing where they are stored on disk
 training    the tensors alive in the largest pass, forward and backward, which the recipe's own batches give
 evaluation  the same of the largest evaluation pass
 heap        what the allocator keeps of freed blocks below LARGE: HEAP for each byte that lived in such blocks, and
             these blocks of training beside the large ones of evaluation
 kernels     what oneDNN keeps for each new shape of a pass, up to its own limit of kernels
-exchange    4 N S for what leaves and as much for what comes back; S numbers in a message
-measures    the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products
-checkpoint  the state twice: as bytes of each matrix and as one file
-export      the mean of the peers in float64
+exchange    the flows of a block where peers are mixed at once, else 4 N S for what leaves and as much for what comes
+            back; S numbers in a message
+measures    of few peers the factors of a module in float64 and three [2 r N, 2 r N] matrices of inner products;
+            of many a few d_out x d_in matrices and the factors of a block of peers
+checkpoint  a piece of the file: the state is written from its own memory
+export      some columns of the peers in float64, for their mean
 
 A pass of k peers, T tokens and S pairs of tokens that attention weighs needs c0 + c1 k + c2 T + c3 S bytes. The
 coefficients are measured with the run's own learner on a few of its rows: the bytes of all storages alive at a time,
@@ -39,12 +41,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfl_lora import machine, measures
+from dfl_lora import blocked, machine, measures
 from dfl_lora.build import Federation
+from dfl_lora.checkpoint import PIECE
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
 from dfl_lora.models.packing import BUCKET, filled
-from dfl_lora.peers import Peers
+from dfl_lora.networks.memory import MemoryNetwork
+from dfl_lora.peers import MEAN_COLUMNS, Peers
+from dfl_lora.rounds import at_once
 from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
 
@@ -55,7 +60,7 @@ LARGE = 32 * 2**20
 KERNELS = 512 * 2**20
 """oneDNN keeps the last 1,024 kernels, half a megabyte each: measured, after which a run in bfloat16 grows no more."""
 BATCHES = 4000
-SMALL = 512
+SMALL = 1024
 """Tokens of a measured pass; one of up to twice as many is measured whole."""
 FLOAT32, FLOAT64, MANY = 4, 8, 1 << 24
 
@@ -122,9 +127,10 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
     steps, forward = [training_pass(learner, f.peers, phase) for phase in phases], evaluation_pass(learner, f.peers)
     steps[0]([cut(training[0][0], 2)])  # what a process has once: libraries read in, weights touched
     base = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
-    state = sum(matrix.nbytes for matrix in f.peers.arrays().values())
+    on_disk = f.recipe.compute.store == "disk"
+    state = 0 if on_disk else sum(matrix.nbytes for matrix in f.peers.arrays().values())
     psutil.heap_trim()
-    process = machine.own_memory() - base - state
+    process = machine.own_memory() - base - (f.peers.x.nbytes if on_disk else state)
     used = psutil.heap_info().heap_used
     alive = [law for step in steps for law in laws_of(step, training, learner.group_tokens)]
     scored = laws_of(forward, evaluation, 2 * learner.group_tokens)
@@ -151,8 +157,8 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
             heap=int((1 + HEAP) * small.max() + (whole - small).max() - whole.max()),
             exchange=exchanging(f, num_peers),
             measures=measuring(f.peers, num_peers),
-            checkpoint=2 * held,
-            export=FLOAT64 * f.peers.layout.size * num_peers,
+            checkpoint=PIECE,
+            export=FLOAT64 * min(f.peers.layout.size, MEAN_COLUMNS) * num_peers,
         )
 
     fit = bisect_right(range(1, MANY), start.available, key=lambda n: of(n).total)
@@ -277,9 +283,19 @@ def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
 
 
 def exchanging(federation: Federation, num_peers: int) -> int:
-    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded."""
-    peer, method, graph = scratch(federation.peers, 1)[0], federation.method, federation.graph
-    phases = {(phase := method.schedule(t)).shared: phase for t in range(1, federation.recipe.train.rounds + 1)}
+    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded.
+
+    Peers that are mixed at once keep some flows of a block instead.
+    """
+    f, method, graph = federation, federation.method, federation.graph
+    phases = {(phase := method.schedule(t)).shared: phase for t in range(1, f.recipe.train.rounds + 1)}
+    if at_once(f.peers, method, MemoryNetwork()) and (sweep := blocked.sweep_of(graph, method.mixing, frozenset())):
+        spans = [span for shared in phases for span in f.peers.layout.spans(shared)]
+        blocks = sweep.blocks(spans, f.peers.x.itemsize)
+        if blocks is not None:
+            widest = max((block.stop - block.start for block in blocks), default=0)
+            return sweep.num_kept * widest * f.peers.x.itemsize * torch.get_num_threads()
+    peer = scratch(f.peers, 1)[0]
     numbers = max(method.correction.outgoing(peer, phase).flat.numel() for phase in phases.values())
     degree = max(graph.degree(i) for i in range(graph.num_peers))
     return FLOAT32 * numbers * (2 * num_peers + degree + 1)
@@ -290,7 +306,11 @@ def measuring(peers: Peers, num_peers: int) -> int:
     sizes = [0]
     for a, b in measures.factors(peers):
         r, d_in, d_out = a.shape[1], a.shape[2], b.shape[1]
-        sizes.append(3 * (2 * r * num_peers) ** 2 + num_peers * r * (4 * d_in + 5 * d_out))
+        if measures.by_pairs(num_peers, r, d_in, d_out):
+            sizes.append(3 * (2 * r * num_peers) ** 2 + num_peers * r * (4 * d_in + 5 * d_out))
+        else:
+            block = min(num_peers, measures.peers_in_block(r, d_in, d_out))
+            sizes.append(3 * d_in * d_out + block * r * (6 * d_in + 5 * d_out + 12 * r))
     return FLOAT64 * max(sizes)
 
 

@@ -7,16 +7,21 @@ The tensors that no round trains (the frozen A of DFL-LoRA, a frozen head) are o
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from dfl_lora.roles import ROLES
+from dfl_lora.store import zeros
 from dfl_lora.tensors import Layout, Tensors
 
 STEPS = len(ROLES)
 """counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
+
+MEAN_COLUMNS = 1024
+"""Columns of x that are in float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,19 @@ class Peers(Sequence[Peer]):
         *,
         optimizer: Iterable[str] = (),
         memory: Iterable[str] = (),
+        place: Path | None = None,
     ) -> None:
-        """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all."""
+        """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all.
+
+        The matrices lie in memory, or in files of the folder `place`.
+        """
         self.ids = tuple(ids)
         self.layout: Layout = start.layout
         self.common = common
-        self.x = start.flat.repeat(len(self.ids), 1)  # [N, P]
-        self.optimizer = {name: torch.zeros_like(self.x) for name in optimizer}
-        self.memory = {name: torch.zeros_like(self.x) for name in memory}
+        kind = (len(self.ids), start.layout.size, start.flat.dtype, start.flat.device)
+        self.x = zeros(place, *kind).copy_(start.flat)  # [N, P]
+        self.optimizer = {name: zeros(place, *kind) for name in optimizer}
+        self.memory = {name: zeros(place, *kind) for name in memory}
         self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
 
     @overload
@@ -84,8 +94,14 @@ class Peers(Sequence[Peer]):
 
     def adapter(self, row: int | None) -> dict[str, Tensor]:
         """Returns every adapter tensor by name, of one row or (None) of the consensus: the mean over peers."""
-        flat = self.x.mean(0, dtype=torch.float64).to(self.x.dtype) if row is None else self.x[row]
-        return {**dict(self.common.items()), **dict(Tensors(flat, self.layout).items())}
+        flat = self.mean() if row is None else Tensors(self.x[row], self.layout)
+        return {**dict(self.common.items()), **dict(flat.items())}
+
+    def mean(self) -> Tensors:
+        """Returns the mean over peers, summed in float64 with no such copy of all of x."""
+        columns = [self.x[:, start : start + MEAN_COLUMNS] for start in range(0, self.layout.size, MEAN_COLUMNS)]
+        parts = [part.mean(0, dtype=torch.float64).to(self.x.dtype) for part in columns]
+        return Tensors(torch.cat([*parts, self.x[0, :0]]), self.layout)
 
     def arrays(self) -> dict[str, Tensor]:
         """Returns every matrix by name, as a checkpoint saves them."""
@@ -95,5 +111,4 @@ class Peers(Sequence[Peer]):
 
     def consensus(self, ids: Iterable[int] = (-1,)) -> "Peers":
         """Returns a peer (or several, with these ids) at the mean of all: what the federation agreed on."""
-        mean = Tensors(self.x.mean(0, dtype=torch.float64).to(self.x.dtype), self.layout)
-        return Peers(ids, mean, self.common)
+        return Peers(ids, self.mean(), self.common)

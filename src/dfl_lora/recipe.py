@@ -275,6 +275,8 @@ class Compute(Part):
     """auto: cuda where torch finds a GPU, else cpu."""
     threads: Literal["auto"] | Annotated[Positive, Field(le=1024)] = "auto"
     """auto: as many as torch takes."""
+    store: Literal["auto", "memory", "disk"] = "auto"
+    """Where the peers' vectors lie. auto: disk (a mapped file) where they are more than half of the memory there is."""
 
 
 class Output(Part):

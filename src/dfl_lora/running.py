@@ -12,8 +12,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-import torch
-
 from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
@@ -79,7 +77,8 @@ def nothing_more() -> Mapping[str, Any]:
 def build_for(recipe: Recipe, run: Path, ids: Sequence[int] | None = None, *, resume: bool) -> Federation:
     """Returns the federation of a recipe; a run that goes on computes as it did, and by the same recipe."""
     recorded = load_recipe(run / RECIPE) if resume and (run / RECIPE).exists() else None
-    federation = build(recipe.model_copy(update={"compute": recorded.compute}) if recorded else recipe, ids)
+    recipe = recipe.model_copy(update={"compute": recorded.compute}) if recorded else recipe
+    federation = build(recipe, ids, folder=run)
     if recorded and recorded.digest != federation.digest:
         raise UserError(
             f"The run in {run} has another recipe (digest {str(recorded.digest)[:12]}, not {federation.digest[:12]}); "
@@ -213,7 +212,7 @@ class Running:
 
     def check_finite(self) -> None:
         peers = self.federation.peers
-        if not torch.isfinite(peers.x).all(1).any():
+        if not any(peer.adapter.is_finite() for peer in peers):
             subject = "every peer's adapter" if hosts_all(self.federation) else f"the adapter of {whose(peers.ids)}"
             raise RuntimeError(f"{subject} became non-finite; lower train.learning_rate or set train.max_grad_norm.")
 

@@ -43,8 +43,7 @@ class Frame:
     @property
     def prefix(self) -> bytes:
         """What the encoded body begins with, before the numbers."""
-        ordered = sorted(self.body.items(), key=lambda item: (ORDER.index(item[1].dtype), item[0]))
-        return prefix_of(tuple((name, t.dtype, tuple(t.shape)) for name, t in ordered))
+        return prefix_of(tuple((name, t.dtype, tuple(t.shape)) for name, t in in_order(self.body)))
 
     def to_bytes(self) -> bytes:
         """Returns a length-prefixed JSON header and the safetensors body."""
@@ -60,6 +59,11 @@ class Frame:
             return Frame(str(header["codec"]), str(header["layout"]), load(content[4 + size :]))
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
             return None
+
+
+def in_order(body: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Returns the tensors as safetensors lays them down."""
+    return sorted(body.items(), key=lambda item: (ORDER.index(item[1].dtype), item[0]))
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,8 @@ optimiser's step count and the finite flag are per peer.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,11 @@ from dfl_lora.schedules import Phase
 from dfl_lora.streams import torch_stream
 
 EVALUATION_ROWS = 64
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+def no_clock(part: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass
@@ -52,6 +58,8 @@ class StackedLearner:
     scaling: float
     group_tokens: int = 4096
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    clock: Clock = no_clock
+    """Takes the time of the parts of a step: data, forward, backward, optimiser."""
 
     def __post_init__(self) -> None:
         self.current = Pass()
@@ -66,7 +74,8 @@ class StackedLearner:
         if means is not None:
             means[[row for row, count in enumerate(steps) if count]] = 0
         for s in range(max(steps)):
-            batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
+            with self.clock("data"):
+                batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
             for rows in passes(batches, self.group_tokens):
                 rates = [self.work.learning_rate_at(round, s, steps[row]) for row in rows]
                 self.step(peers, rows, [batches[row] for row in rows], phase, rates, tallies)
@@ -95,16 +104,19 @@ class StackedLearner:
         self.current.generators = [
             torch_stream(self.work.seed, "dropout", peers.ids[row], int(peers.counters[row, STEPS])) for row in rows
         ]
-        losses = self.forward(batches, leaves)[1]
-        with warnings.catch_warnings():  # gradients are strided views of one buffer on purpose
+        with self.clock("forward"):
+            losses = self.forward(batches, leaves)[1]
+        with warnings.catch_warnings(), self.clock("backward"):  # gradients are strided views of one buffer on purpose
             warnings.filterwarnings("ignore", message="grad and param do not obey")
             losses.sum().backward()  # type: ignore[no-untyped-call]
         self.current.generators = None
         losses = losses.detach()
         finite = torch.isfinite(gradients).all(1) & torch.isfinite(losses)
         kept = [row for row, ok in zip(rows, finite.tolist(), strict=True) if ok]
-        clip(gradients, self.work.max_grad_norm)
-        self.optimize(peers, kept, gradients[finite], phase, torch.tensor(rates, dtype=torch.float64)[finite.cpu()])
+        with self.clock("optimiser"):
+            clip(gradients, self.work.max_grad_norm)
+            chosen = torch.tensor(rates, dtype=torch.float64)[finite.cpu()]
+            self.optimize(peers, kept, gradients[finite], phase, chosen)
         peers.counters[rows, STEPS] += 1
         for row, loss, batch in zip(rows, losses.tolist(), batches, strict=True):
             tallies[row].loss += loss

@@ -56,5 +56,5 @@ class Kind:
     name: str
     make: Making
     ours: bool = False
-    needs: str | None = None
-    """The precision an arm is defined for; None: any."""
+    only: str | None = None
+    """The method an arm is defined for; None: any."""

@@ -53,6 +53,8 @@ class Cell:
     partition: dict[str, Any] = field(default_factory=lambda: {"kind": "dirichlet", "alpha": 0.2})
     tokens: int | None = None
     """The tokens a peer and step that the cell stands for in the grid."""
+    evaluate: int | None = None
+    """The rows evaluated a peer and round; None: in the seed's proportion to those trained on."""
 
     @property
     def name(self) -> str:
@@ -61,8 +63,8 @@ class Cell:
 
     @property
     def evaluated(self) -> int:
-        """The rows evaluated a peer and round, in the seed's proportion to those trained on."""
-        return max(FEWEST_EVALUATED, round(self.batch_size * self.steps * SEED_EVALUATED / SEED_ROWS))
+        """The rows evaluated a peer and round."""
+        return self.evaluate or max(FEWEST_EVALUATED, round(self.batch_size * self.steps * SEED_EVALUATED / SEED_ROWS))
 
     def recipe(self, material: Material, rounds: int, **parts: Any) -> Recipe:
         """Returns the cell as a recipe; `parts` are set over it (compute, evaluate)."""

@@ -1,7 +1,6 @@
 """Flower in a cell: its job, its gate and its times."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -11,6 +10,7 @@ from dfl_lora.bench.cells import Cell, Material
 from dfl_lora.bench.gate import ACCURACY, END, LOSS, Verdict, distances, judged, mean
 from dfl_lora.bench.setting import Setting, federation_of, setting_of
 from dfl_lora.bench.table import NO_BF16, multiplies_bf16
+from dfl_lora.bench.trial import spread
 
 ROUNDS = 2
 """One to warm up (the base is loaded, workers start), and one that is timed: start-up costs more than rounds."""
@@ -61,15 +61,15 @@ def verdict_of(
     return judged(measured, {"loss": LOSS, "accuracy": ACCURACY + 1e-9})
 
 
+SECONDS = {"round_s": "total_s", "train_s": "train_s", "mix_s": "mix_s", "evaluate_s": "evaluate_s"}
+
+
 def told(outcome: Outcome, verdict: Verdict, cell: Cell, dtype: str) -> dict[str, Any]:
+    """Returns the figures of a job as those of the other arms."""
     timed = outcome.out["rounds"][1:]
-    parts = {
-        name: {"median": median(r[key] for r in timed), "min": min(r[key] for r in timed),
-               "max": max(r[key] for r in timed), "all": [r[key] for r in timed]}
-        for name, key in (("round_s", "total_s"), ("train_s", "train_s"), ("mix_s", "mix_s"), ("evaluate_s", "evaluate_s"))
-    }  # fmt: skip
+    seconds = {name: spread([r[key] for r in timed]) for name, key in SECONDS.items()}
     return {
-        "ran": True, "dtype": dtype, "gate": verdict.as_json(), "repeats": len(timed), "warm": True, **parts,
-        "startup_s": outcome.out["startup_s"], "step_s": parts["train_s"]["median"] / cell.steps,
+        "ran": True, "dtype": dtype, "gate": verdict.as_json(), "repeats": len(timed), "warm": True, **seconds,
+        "startup_s": outcome.out["startup_s"], "step_s": seconds["train_s"]["median"] / cell.steps,
         "peak_rss_bytes": outcome.out["peak_rss_bytes"], "versions": outcome.out["versions"], "parts": {},
     }  # fmt: skip

@@ -38,13 +38,13 @@ def judged(measured: Mapping[str, float], allowed: Mapping[str, float]) -> Verdi
 
 def distances(mine: Sequence[Adapter], theirs: Sequence[Adapter], placement: Placement) -> dict[str, float]:
     """Returns by role the largest relative distance ||x - y|| / ||y|| over the peers, of what both have."""
-    result = {}
+    result = dict[str, float]()
     for role in dict.fromkeys(e.role for e in placement.layout.entries):
         names = [e.name for e in placement.layout.entries if e.role == role and e.name in theirs[0]]
         if names:
             pairs = zip(mine, theirs, strict=True)
             result[role] = max(relative(packed(x, names), packed(y, names)) for x, y in pairs)
-    return dict(result)
+    return result
 
 
 def packed(adapter: Adapter, names: Sequence[str]) -> Tensor:

@@ -7,11 +7,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dfl_lora.bench.arms import Adapter, Arm
 from dfl_lora.bench.arms.own import PARTS, Own
 from dfl_lora.bench.gemm import rate
+
+Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,21 @@ class Counted:
     """Tokens that entered the encoder, padding included; 0 where they enter by no embedding module."""
 
 
+def attention_forward(q: Size, k: Size, v: Size, *_: object, out_shape: object = None, **__: object) -> int:
+    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+
+def attention_backward(g: Size, q: Size, k: Size, v: Size, *_: object, out_shape: object = None, **__: object) -> int:
+    return int(sdpa_backward_flop_count(g, q, k, v))  # type: ignore[no-untyped-call]
+
+
+ON_PROCESSORS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+"""The fused attention of processors, which torch's counter does not know."""
+
+
 @contextmanager
 def counting(arm: Arm, counted: Counted) -> Iterator[None]:
     """Counts the FLOPs and the tokens of what runs inside, forward and backward."""
@@ -93,7 +110,7 @@ def counting(arm: Arm, counted: Counted) -> Iterator[None]:
 
     hooks = [module.register_forward_pre_hook(add) for module in arm.embeddings]
     try:
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False, custom_mapping=ON_PROCESSORS) as flops:
             yield
         counted.flops = int(flops.get_total_flops())
     finally:

@@ -45,7 +45,7 @@ class Mixed:
             self.optimizer.param_groups[0]["lr"] = work.learning_rate_at(self.round, s, steps)
             self.optimizer.zero_grad()
             each = F.cross_entropy(logits_of(self.model, batch, adapter_names=names), batch.labels, reduction="none")
-            means = torch.stack([own.mean() for own in each.split(counts)])
+            means = torch.stack([own.mean() for own in torch.split(each, counts)])
             means.sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += means.detach()

@@ -41,18 +41,22 @@ def rounds(axes: Axes, cell: Result) -> None:
     axes.set_title(cell["cell"], fontsize=9)
     axes.set_xlabel("seconds a round", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def peers(axes: Axes, scale: Result) -> None:
     """Draws milliseconds a peer and round over the number of peers."""
     for base, runs in scale.items():
         there = [run for run in runs if run["ran"]]
+        if not there:
+            continue
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
         times = [1000 * (run["train_s"] + run["mix_s"]) / run["num_peers"] for run in there]
         axes.plot([run["num_peers"] for run in there], times, marker="o", label=base)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xlabel("peers", fontsize=8)
     axes.set_ylabel("ms a peer and round", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)

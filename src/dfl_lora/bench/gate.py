@@ -36,15 +36,28 @@ def judged(measured: Mapping[str, float], allowed: Mapping[str, float]) -> Verdi
     return Verdict(all(measured[name] <= limit for name, limit in allowed.items()), dict(measured), dict(allowed))
 
 
+def by_role(adapters: Sequence[Adapter], placement: Placement) -> dict[str, list[Tensor]]:
+    """Returns by role a vector of each peer, of the tensors there are."""
+    names = {
+        role: [e.name for e in placement.layout.entries if e.role == role and e.name in adapters[0]]
+        for role in dict.fromkeys(e.role for e in placement.layout.entries)
+    }
+    return {role: [packed(own, some) for own in adapters] for role, some in names.items() if some}
+
+
 def distances(mine: Sequence[Adapter], theirs: Sequence[Adapter], placement: Placement) -> dict[str, float]:
-    """Returns by role the largest relative distance ||x - y|| / ||y|| over the peers, of what both have."""
-    result = dict[str, float]()
-    for role in dict.fromkeys(e.role for e in placement.layout.entries):
-        names = [e.name for e in placement.layout.entries if e.role == role and e.name in theirs[0]]
-        if names:
-            pairs = zip(mine, theirs, strict=True)
-            result[role] = max(relative(packed(x, names), packed(y, names)) for x, y in pairs)
-    return result
+    """Returns by role the largest relative distance ||x - y|| / ||y|| over the peers."""
+    x, y = by_role(mine, placement), by_role(theirs, placement)
+    return {role: max(map(relative, x[role], vectors)) for role, vectors in y.items()}
+
+
+def joint_distances(mine: Sequence[Adapter], theirs: Sequence[Adapter], placement: Placement) -> dict[str, float]:
+    """Returns by role the relative distance of all peers' numbers as one vector.
+
+    The rows of a small batch can cancel in one peer's gradient, and then its rounding alone is large beside it.
+    """
+    x, y = by_role(mine, placement), by_role(theirs, placement)
+    return {role: relative(torch.cat(x[role]), torch.cat(vectors)) for role, vectors in y.items()}
 
 
 def packed(adapter: Adapter, names: Sequence[str]) -> Tensor:
@@ -73,7 +86,7 @@ class Course:
 
 def same_course(mine: Course, theirs: Course, placement: Placement) -> Verdict:
     """Judges an arm in bfloat16 by its way."""
-    measured = {f"gradient of {r}": d for r, d in distances(mine.gradient, theirs.gradient, placement).items()}
+    measured = {f"gradient of {r}": d for r, d in joint_distances(mine.gradient, theirs.gradient, placement).items()}
     allowed = dict.fromkeys(measured, GRADIENT)
     curves = zip(map(mean, mine.losses), map(mean, theirs.losses), strict=True)
     measured |= {

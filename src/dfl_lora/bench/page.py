@@ -1,6 +1,7 @@
 """docs/benchmarks.md from a result: every number on the page was measured in one run."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from dfl_lora.bench.targets import fault, slope_of
@@ -28,12 +29,12 @@ def page(result: Result, figure: str | None) -> str:
 def head(result: Result) -> Iterator[str]:
     machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     yield "# Benchmarks"
-    kind = "bench-quick" if result["quick"] else "bench"
     yield (
-        f"Written by `make {kind}` from one run; its JSON holds every number. Ratios are of medians of rounds timed in "
-        "turn (ABAB) in one process. All arms do the same rounds on the same batches from the same start, without "
-        "dropout. A time counts only if the arm passed the gate: in fp32 A, B and head end within 1e-4 of plain PEFT, one "
-        "peer at a time; in bf16 the first gradient is within 5e-2, the loss within 2 %, the accuracy within a point."
+        f"Written by `make {result['scope']}` from one run; its JSON holds every number. Ratios are of medians of "
+        "rounds timed in turn (ABAB) in one process. All arms do the same rounds on the same batches from the same "
+        "start, without dropout. A time counts only if the arm passed the gate: in fp32 A, B and head end within 1e-4 "
+        "of plain PEFT, one peer at a time; in bf16 the first gradient is within 5e-2, the loss within 2 %, the "
+        "accuracy within a point."
     )
     yield table(
         ("", ""),
@@ -153,8 +154,7 @@ SCALE = ("ms a peer and round", "mixing", "resident MB", "MB a peer more", "adap
 def scale_tables(scale: Result) -> Iterator[str]:
     yield "A process for each size; a round is training and mixing of two steps (toy: 16 rows each, MiniLM: 4)."
     for base, runs in scale.items():
-        before = [None, *runs[:-1]]
-        yield table((f"{base} peers", *SCALE), [scale_row(run, last) for run, last in zip(runs, before, strict=True)])
+        yield table((f"{base} peers", *SCALE), [scale_row(run, last) for last, run in pairwise([None, *runs])])
 
 
 def scale_row(run: Result, last: Result | None) -> Sequence[str]:
@@ -174,7 +174,7 @@ def grid_table(cells: Sequence[Result]) -> Iterator[str]:
     """Yields training steps in milliseconds, ours beside each baseline."""
     names = [name for cell in cells if "arms" in cell for name, arm in cell["arms"].items() if arm["ran"]]
     arms = list(dict.fromkeys(names))
-    yield "Milliseconds of a training step of all peers; in brackets how many times faster ours is in its best precision."
+    yield "Milliseconds of a training step of all peers; in brackets, how many times faster ours is (its best)."
     rows = []
     for cell in cells:
         begin = (cell["method"], str(cell["num_peers"]), str(cell["tokens"]))

@@ -29,8 +29,6 @@ from dfl_lora.reading import resolve
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import Tensors
 
-TOY_PEERS, MINILM_PEERS = (8, 64, 512, 4096), (8, 64, 512)
-QUICK_TOY_PEERS, QUICK_MINILM_PEERS = (8, 64, 512), (8,)
 STEPS, TOY_BATCH, MINILM_BATCH = 2, 16, 4
 WARM, LEAST_ROUNDS, LEAST_S = 1, 2, 2.0
 """Rounds are timed until there are two of them that took two seconds together, after one to warm up."""
@@ -65,7 +63,7 @@ def enough(seconds: Sequence[tuple[float, float]]) -> bool:
 
 
 def minilm(num_peers: int, material: Mapping[str, Any]) -> Federation:
-    """Returns peers with equal parts of the rows; they are in pairs where there are but two, else on a ring."""
+    """Returns peers with equal parts of the rows; on a ring."""
     cell = Cell("DFL-LoRA", num_peers, MINILM_BATCH, STEPS, {"kind": "iid"})
     chosen = Material(**{**material, "targets": tuple(material["targets"])})
     return federation_of(cell.recipe(chosen, MOST_ROUNDS + WARM))
@@ -94,10 +92,12 @@ def toys(num_peers: int) -> Federation:
     return replace(small, graph=graph, peers=peers, method=replace(small.method, topology=lambda t: graph))
 
 
-def scale(material: Material, budget_s: float, quick: bool, say: Say) -> dict[str, Any]:
+def scale(
+    material: Material, toy_peers: Sequence[int], minilm_peers: Sequence[int], budget_s: float, say: Say
+) -> dict[str, Any]:
     """Returns both series, the smallest first; a size that would not fit into the budget is told as not run."""
     begun = perf_counter()
-    sizes = {"toy": QUICK_TOY_PEERS if quick else TOY_PEERS, "minilm": QUICK_MINILM_PEERS if quick else MINILM_PEERS}
+    sizes = {"toy": toy_peers, "minilm": minilm_peers}
     result = dict[str, Any]()
     for base, counts in sizes.items():
         result[base] = []

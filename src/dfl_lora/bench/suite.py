@@ -1,6 +1,6 @@
 """The whole benchmark: headline, memory, scale, grid, in this order and within a number of minutes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -31,26 +31,48 @@ Result = dict[str, Any]
 class Scope:
     """How much is measured, and what each part may take, in minutes."""
 
+    name: str
     minutes: float
-    batches: dict[int, int]
+    batches: Mapping[int, int]
     """Rows of a local step: local steps of a round."""
-    ablations: bool
+    weights: Mapping[str, float]
     repeats: int
+    ablations: bool
     memory: bool
     grid_peers: tuple[int, ...]
     most_tokens: int
-    weights: dict[str, float]
+    toy_peers: tuple[int, ...]
+    minilm_peers: tuple[int, ...]
 
 
 FULL = Scope(
-    45, {16: 4, 128: 1}, True, 5, True, PEERS, MOST_TOKENS,
-    {"headline 16": 3.5, "headline 128": 5.0, "flower 16": 1.0, "flower 128": 1.5,
-     "memory": 5.0, "scale": 5.0, "grid": 11.0},
-)  # fmt: skip
+    name="bench",
+    minutes=45,
+    batches={16: 4, 128: 1},
+    weights={"16": 3.5, "128": 5.0, "flower 16": 1.0, "flower 128": 1.5, "memory": 5.0, "scale": 5.0, "grid": 11.0},
+    repeats=5,
+    ablations=True,
+    memory=True,
+    grid_peers=PEERS,
+    most_tokens=MOST_TOKENS,
+    toy_peers=(8, 64, 512, 4096),
+    minilm_peers=(8, 64, 512),
+)
 QUICK = Scope(
-    5, {16: 2}, False, 2, False, (1, 7), 512,
-    {"headline 16": 1.2, "flower 16": 0.4, "memory": 0.01, "scale": 0.5, "grid": 0.5},
-)  # fmt: skip
+    name="bench-quick",
+    minutes=5,
+    batches={16: 2},
+    weights={"16": 1.2, "flower 16": 0.4, "memory": 0.01, "scale": 0.5, "grid": 0.5},
+    repeats=2,
+    ablations=False,
+    memory=False,
+    grid_peers=(1, 7),
+    most_tokens=512,
+    toy_peers=(8, 64, 512),
+    minilm_peers=(8,),
+)
+ALONE = {True: 3.0, False: 20.0}
+"""Minutes of the scale test alone, quick or not."""
 
 
 def entries(kinds: Any) -> list[Entry]:
@@ -80,41 +102,40 @@ def plan_of(scope: Scope, minutes: float | None) -> Plan:
     weights = dict[str, float]()
     for batch in scope.batches:
         for method in METHODS:
-            weights[f"{method} {batch}"] = scope.weights[f"headline {batch}"]
+            weights[f"{method} {batch}"] = scope.weights[str(batch)]
             weights |= {f"{method} {batch} flower {mode}": scope.weights[f"flower {batch}"] / 2 for mode in MODES}
     weights |= {"memory": scope.weights["memory"], "scale": scope.weights["scale"], "grid": scope.weights["grid"]}
     return Plan(60 * (minutes or scope.minutes), weights)
 
 
-def bench(material: Material, quick: bool, minutes: float | None, say: Say) -> Result:
+def bench(material: Material, scope: Scope, minutes: float | None, say: Say) -> Result:
     """Returns everything that was measured, and whether it is what is wanted."""
-    scope, begun = QUICK if quick else FULL, perf_counter()
-    plan = plan_of(scope, minutes)
-    result: Result = {
-        "quick": quick,
-        **facts(),
-        "rows": material.rows,
-        "model": material.model,
-        "repeats": scope.repeats,
-    }
+    begun, plan = perf_counter(), plan_of(scope, minutes)
+    result = empty(material, scope)
     result["headline"] = [headline(m, batch, scope, material, plan, say) for batch in scope.batches for m in METHODS]
-    say("Memory and start-up")
-    result["memory"] = memory(material, plan.share_s("memory"), say) if scope.memory else {}
-    say("Scale")
-    result["scale"] = scale(material, plan.share_s("scale"), quick, say)
+    if scope.memory:
+        say("memory and start-up")
+        result["memory"] = memory(material, plan.share_s("memory"), say)
+    say("scale")
+    result["scale"] = scale(material, scope.toy_peers, scope.minilm_peers, plan.share_s("scale"), say)
     result["grid"] = grid(scope, material, plan, result["headline"], say)
     result |= {"seconds": perf_counter() - begun, "planned_seconds": plan.total_s}
     return result | {"targets": targets(result)}
 
 
-def bench_scale(material: Material, quick: bool, minutes: float | None, say: Say) -> Result:
+def bench_scale(material: Material, scope: Scope, minutes: float | None, say: Say) -> Result:
     """Returns the scale test alone."""
-    begun = perf_counter()
-    result: Result = {"quick": quick, **facts(), "rows": material.rows, "model": material.model}
-    result |= {"headline": [], "memory": {}, "grid": []}
-    result["scale"] = scale(material, 60 * (minutes or (3 if quick else 20)), quick, say)
-    result["seconds"] = perf_counter() - begun
+    begun, result = perf_counter(), empty(material, scope)
+    planned = 60 * (minutes or ALONE[scope is QUICK])
+    result["scale"] = scale(material, scope.toy_peers, scope.minilm_peers, planned, say)
+    result |= {"seconds": perf_counter() - begun, "planned_seconds": planned}
     return result | {"targets": targets(result)}
+
+
+def empty(material: Material, scope: Scope) -> Result:
+    """Returns a result before anything is measured."""
+    known = {"scope": scope.name, **facts(), "rows": material.rows, "model": material.model, "repeats": scope.repeats}
+    return {**known, "headline": [], "memory": {}, "scale": {}, "grid": []}
 
 
 def headline(method: MethodName, batch: int, scope: Scope, material: Material, plan: Plan, say: Say) -> Result:

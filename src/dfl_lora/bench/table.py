@@ -8,14 +8,14 @@ from dfl_lora.bench.arms.mixed import Mixed
 from dfl_lora.bench.arms.own import one_peer_a_pass, other_attention, ours, own_a, padded
 from dfl_lora.bench.arms.switch import Switch
 
-SEED, SEED_PLUS = Kind("seed", seed), Kind("seed+", seed_plus)
+SEED, SEED_PLUS = Kind("seed", seed, copies=True), Kind("seed+", seed_plus, copies=True)
 SWITCH, MIXED = Kind("peft-switch", Switch), Kind("peft-mixed", Mixed)
-OURS = Kind("ours", ours, ours=True)
+OURS = Kind("ours", ours)
 ABLATIONS = (
-    Kind("ours, one peer a pass", one_peer_a_pass, ours=True),
-    Kind("ours, other attention", other_attention, ours=True),
-    Kind("ours, A at every peer", own_a, ours=True, only="DFL-LoRA"),
-    Kind("ours, padded", padded, ours=True),
+    Kind("ours, one peer a pass", one_peer_a_pass),
+    Kind("ours, other attention", other_attention),
+    Kind("ours, A at every peer", own_a, only="DFL-LoRA"),
+    Kind("ours, padded", padded),
 )
 BASELINES = (SEED, SEED_PLUS, SWITCH, MIXED)
 GRID = (SEED_PLUS, SWITCH, MIXED)

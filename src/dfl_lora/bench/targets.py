@@ -80,7 +80,7 @@ def ratios(cells: list[Result]) -> Iterator[Target]:
 
 
 def memory(result: Result) -> Iterator[Target]:
-    jobs, runs = result["memory"], {r["num_peers"]: r for r in result["scale"]["minilm"] if r["ran"]}
+    jobs, runs = result["memory"], {r["num_peers"]: r for r in result["scale"].get("minilm", []) if r["ran"]}
     pair = [jobs.get(f"{arm}, 16 peers x 128 rows") for arm in ("ours", "seed")]
     told = [job["peak_bytes"] if job and job["ran"] else None for job in pair]
     share = told[0] / told[1] if told[0] and told[1] else None
@@ -89,7 +89,7 @@ def memory(result: Result) -> Iterator[Target]:
     slope = slope_of(runs.get(64), runs.get(512), "resident_bytes")
     state = runs[64]["state_bytes_per_peer"] if 64 in runs else None
     over = slope / state if slope is not None and state else None
-    reason = "" if over is not None else unmeasured(result["scale"]["minilm"], 64, 512)
+    reason = "" if over is not None else unmeasured(result["scale"].get("minilm", []), 64, 512)
     yield Target("memory of one peer more, over its adapter and optimiser state", 1.5, over, reason, False)
     few, more = (jobs.get(f"seed, {n} peers x 16 rows") for n in (1, 8))
     theirs = slope_of(few if few and few["ran"] else None, more if more and more["ran"] else None, "resident_bytes")
@@ -115,11 +115,11 @@ def peer_s(run: Result) -> float:
 
 def scale(series: Result) -> Iterator[Target]:
     for base, name in (("toy", "toy"), ("minilm", "MiniLM")):
-        runs = {r["num_peers"]: r for r in series[base] if r["ran"]}
+        runs = {r["num_peers"]: r for r in series.get(base, []) if r["ran"]}
         grown = peer_s(runs[512]) / peer_s(runs[8]) if {8, 512} <= runs.keys() else None
-        reason = "" if grown is not None else unmeasured(series[base], 8, 512)
+        reason = "" if grown is not None else unmeasured(series.get(base, []), 8, 512)
         yield Target(f"seconds a peer at 512 {name} peers against 8", 1.10, grown, reason, False)
-    shares = [r["mix_s"] / (r["train_s"] + r["mix_s"]) for r in series["minilm"] if r["ran"]]
+    shares = [r["mix_s"] / (r["train_s"] + r["mix_s"]) for r in series.get("minilm", []) if r["ran"]]
     reason = "" if shares else NOT_MEASURED
     yield Target("largest share of mixing in a round, MiniLM", 0.05, max(shares, default=None), reason, False, "")
 

@@ -20,6 +20,7 @@ from dfl_lora.bench.setting import Setting, federation_of, setting_of
 from dfl_lora.bench.table import NO_BF16, multiplies_bf16
 from dfl_lora.bench.timing import Counted, Roof, Round, copied, counting, run_round
 from dfl_lora.data.batches import Rows
+from dfl_lora.machine import available_memory
 
 LONG_S = 5.0
 """A round that takes longer needs none before it to warm up: the first is timed as well."""
@@ -94,7 +95,7 @@ def run_cell(
              for dtype, t in DTYPES.items()}  # fmt: skip
     trials, skipped = list[Trial](), dict[str, str]()
     for entry in entries:
-        reason = why_not(entry, cell)
+        reason = why_not(entry, cell, setting)
         if reason is None:
             say(f"  {entry.name}: first round")
             try:
@@ -107,7 +108,8 @@ def run_cell(
                 reason = str(error)
         if reason is not None:
             skipped[entry.name] = reason
-    passes(trials, budget_s - (perf_counter() - begun), wanted, say)
+    reserved = GATE_ROUNDS * median(t.first.total_s for t in trials if t.first) if trials else 0.0
+    passes(trials, budget_s - (perf_counter() - begun) - reserved, wanted, say)
     oracle = Course32(reference(recipe))
     work = work_of(setting, cell, max((t.done for t in trials), default=1))
     arms = {t.entry.name: told(t, verdict(t, oracle, cell, material, setting), cell, setting, work) for t in trials}
@@ -123,8 +125,12 @@ def run_cell(
     }  # fmt: skip
 
 
-def why_not(entry: Entry, cell: Cell) -> str | None:
+def why_not(entry: Entry, cell: Cell, setting: Setting) -> str | None:
     """Returns why an arm is not run, or None."""
+    weights = sum(path.stat().st_size for path in setting.files.path.glob("*.safetensors"))
+    needed = (cell.num_peers if entry.kind.copies else 1) * weights
+    if needed > available_memory():
+        return f"its bases need {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are available"
     if entry.dtype == "bfloat16" and not multiplies_bf16():
         return NO_BF16
     if entry.kind.only not in (None, cell.method):

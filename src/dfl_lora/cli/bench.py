@@ -48,13 +48,13 @@ def bench(
 def measured(quick: bool, scale: bool, minutes: float | None) -> dict[str, Any]:
     """Measures, and says on standard error what is under way."""
     from dfl_lora.bench.cells import material
+    from dfl_lora.bench.suite import FULL, QUICK, bench_scale
     from dfl_lora.bench.suite import bench as whole
-    from dfl_lora.bench.suite import bench_scale
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    return (bench_scale if scale else whole)(material(), quick, minutes, say)
+    return (bench_scale if scale else whole)(material(), QUICK if quick else FULL, minutes, say)
 
 
 def numbers_in(path: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Kind:
 
     name: str
     make: Making
-    ours: bool = False
+    copies: bool = False
+    """Whether it holds a base for every peer."""
     only: str | None = None
     """The method an arm is defined for; None: any."""

@@ -14,6 +14,7 @@ SCOPE = Scope(
     weights={"4": 1.0, "flower 4": 0.1, "memory": 0.1, "scale": 0.1, "grid": 1.0},
     repeats=1,
     ablations=False,
+    flower=("tuned",),
     memory=False,
     grid_peers=(1, 7),
     most_tokens=64,

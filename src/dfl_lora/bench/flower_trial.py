@@ -1,62 +1,45 @@
 """Flower in a cell: its job, its gate and its times."""
 
-from collections.abc import Mapping, Sequence
 from subprocess import TimeoutExpired
 from typing import Any
 
 from dfl_lora.bench.arms.flower import Mode, Outcome, missing, run_job
-from dfl_lora.bench.arms.own import reference
-from dfl_lora.bench.cells import Cell, Material
+from dfl_lora.bench.cells import Cell
 from dfl_lora.bench.gate import ACCURACY, END, LOSS, Verdict, distances, judged, mean
-from dfl_lora.bench.setting import Setting, federation_of, setting_of
 from dfl_lora.bench.table import NO_BF16, multiplies_bf16
-from dfl_lora.bench.trial import spread
+from dfl_lora.bench.trial import GATE_ROUNDS, NO_TIME, Stage, spread
 
-ROUNDS = 2
+ROUNDS = GATE_ROUNDS
 """One to warm up (the base is loaded, workers start), and one that is timed: start-up costs more than rounds."""
 
 
-def run_flower(cell: Cell, material: Material, mode: Mode, dtype: str, limit_s: float) -> dict[str, Any]:
+def run_flower(stage: Stage, mode: Mode, dtype: str, limit_s: float) -> dict[str, Any]:
     """Returns what Flower's simulation took in a cell, or why it was not run."""
     reason = missing() or (NO_BF16 if dtype == "bfloat16" and not multiplies_bf16() else None)
     if reason is None and limit_s < 1:
-        reason = "no time was left in the plan"
+        reason = NO_TIME
     if reason is not None:
         return {"ran": False, "reason": reason}
-    recipe = cell.recipe(material, ROUNDS)
-    setting = setting_of(federation_of(recipe))
     try:
-        outcome = run_job(setting, ROUNDS, dtype, mode, limit_s)
+        outcome = run_job(stage.setting, ROUNDS, dtype, mode, limit_s)
     except TimeoutExpired:
         return {"ran": False, "reason": f"it was stopped after {limit_s:.0f} s, its share of the plan"}
     except RuntimeError as error:
         return {"ran": False, "reason": str(error)}
-    oracle = reference(recipe)
-    losses = list[Sequence[float]]()
-    for _ in range(ROUNDS):
-        losses.append(oracle.train_round())
-        oracle.mix()
-    verdict = verdict_of(outcome, oracle.adapters(), losses, oracle.evaluate(), setting, dtype)
-    return told(outcome, verdict, cell, dtype)
+    return told(outcome, verdict_of(outcome, stage, dtype), stage.cell, dtype)
 
 
-def verdict_of(
-    outcome: Outcome,
-    ends: Sequence[Mapping[str, Any]],
-    losses: Sequence[Sequence[float]],
-    accuracies: Sequence[float],
-    setting: Setting,
-    dtype: str,
-) -> Verdict:
+def verdict_of(outcome: Outcome, stage: Stage, dtype: str) -> Verdict:
     """Returns whether Flower did the work; it tells no gradient, so in bfloat16 its losses and accuracies judge it."""
+    end = stage.oracle.end(ROUNDS)
     if dtype == "float32":
-        measured = distances(outcome.ends, ends, setting.placement)
+        measured = distances(outcome.ends, end, stage.setting.placement)
         return judged(measured, dict.fromkeys(measured, END))
-    curves = [(mean([mean(own) for own in r["losses"]]), mean(theirs)) for r, theirs in zip(
-        outcome.out["rounds"], losses, strict=True)]  # fmt: skip
+    theirs = stage.oracle.losses
+    mine = [[mean(own) for own in told["losses"]] for told in outcome.out["rounds"]]
     measured = {
-        "loss": max(abs(x - y) / y for x, y in curves),
-        "accuracy": abs(mean(outcome.out["rounds"][-1]["accuracies"]) - mean(accuracies)),
+        "loss": max(abs(mean(x) - mean(y)) / mean(y) for x, y in zip(mine, theirs, strict=True)),
+        "accuracy": abs(mean(outcome.out["rounds"][-1]["accuracies"]) - mean(stage.oracle.arm.evaluate())),
     }
     return judged(measured, {"loss": LOSS, "accuracy": ACCURACY + 1e-9})
 

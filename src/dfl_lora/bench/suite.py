@@ -14,7 +14,7 @@ from dfl_lora.bench.planner import Plan
 from dfl_lora.bench.scale import scale
 from dfl_lora.bench.table import ABLATIONS, BASELINES, GRID, MIXED, OURS, SEED, SEED_PLUS, SWITCH, multiplies_bf16
 from dfl_lora.bench.targets import targets
-from dfl_lora.bench.trial import Entry, run_cell
+from dfl_lora.bench.trial import NO_TIME, Entry, Stage, run_cell
 
 METHODS: tuple[MethodName, ...] = ("LoRA", "DFL-LoRA")
 PEERS, TOKENS, MOST_TOKENS = (1, 7, 16, 64), (64, 256, 1024, 4096), 16_384
@@ -22,7 +22,6 @@ PEERS, TOKENS, MOST_TOKENS = (1, 7, 16, 64), (64, 256, 1024, 4096), 16_384
 STEPS_OF = {64: 4, 256: 2}
 """Local steps of a round of the grid: small steps are timed several at a time."""
 GRID_EVALUATED = 2
-MODES: tuple[Mode, ...] = ("tuned", "template")
 Say = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -38,6 +37,7 @@ class Scope:
     weights: Mapping[str, float]
     repeats: int
     ablations: bool
+    flower: tuple[Mode, ...]
     memory: bool
     grid_peers: tuple[int, ...]
     most_tokens: int
@@ -52,6 +52,7 @@ FULL = Scope(
     weights={"16": 3.5, "128": 5.0, "flower 16": 1.0, "flower 128": 1.5, "memory": 5.0, "scale": 5.0, "grid": 11.0},
     repeats=5,
     ablations=True,
+    flower=("tuned", "template"),
     memory=True,
     grid_peers=PEERS,
     most_tokens=MOST_TOKENS,
@@ -62,9 +63,10 @@ QUICK = Scope(
     name="bench-quick",
     minutes=5,
     batches={16: 2},
-    weights={"16": 1.2, "flower 16": 0.4, "memory": 0.01, "scale": 0.5, "grid": 0.5},
+    weights={"16": 1.2, "flower 16": 0.6, "memory": 0.01, "scale": 0.5, "grid": 0.5},
     repeats=2,
     ablations=False,
+    flower=("tuned",),
     memory=False,
     grid_peers=(1, 7),
     most_tokens=512,
@@ -84,7 +86,7 @@ def headline_entries(scope: Scope) -> list[Entry]:
     """The seed is what it is in float32; the ablations run in the precision that `auto` takes here."""
     default = "bfloat16" if multiplies_bf16() else "float32"
     ablations = [Entry(kind, default) for kind in ABLATIONS] if scope.ablations else []
-    return [*entries(BASELINES), *entries([OURS]), *ablations]
+    return [*entries([OURS, *BASELINES]), *ablations]
 
 
 def grid_cells(scope: Scope, mean_length: float) -> Iterator[Cell]:
@@ -103,7 +105,8 @@ def plan_of(scope: Scope, minutes: float | None) -> Plan:
     for batch in scope.batches:
         for method in METHODS:
             weights[f"{method} {batch}"] = scope.weights[str(batch)]
-            weights |= {f"{method} {batch} flower {mode}": scope.weights[f"flower {batch}"] / 2 for mode in MODES}
+            share = scope.weights[f"flower {batch}"] / len(scope.flower)
+            weights |= {f"{method} {batch} flower {mode}": share for mode in scope.flower}
     weights |= {"memory": scope.weights["memory"], "scale": scope.weights["scale"], "grid": scope.weights["grid"]}
     return Plan(60 * (minutes or scope.minutes), weights)
 
@@ -142,12 +145,13 @@ def headline(method: MethodName, batch: int, scope: Scope, material: Material, p
     """Runs one cell of the headline with all arms, Flower's in both forms."""
     cell, part = Cell(method, 7, batch, scope.batches[batch]), f"{method} {batch}"
     say(cell.name)
-    result = run_cell(cell, material, headline_entries(scope), plan.share_s(part), scope.repeats, say)
-    for mode in MODES:
+    stage = Stage.of(cell, material, scope.repeats + 1)
+    result = run_cell(stage, headline_entries(scope), plan.share_s(part), scope.repeats, say)
+    for mode in scope.flower:
         for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
             name = f"flower {mode}, {short}"
             say(f"  {name}")
-            result["arms"][name] = run_flower(cell, material, mode, dtype, plan.share_s(f"{part} flower {mode}"))
+            result["arms"][name] = run_flower(stage, mode, dtype, plan.share_s(f"{part} flower {mode}"))
     return result
 
 
@@ -173,7 +177,8 @@ def grid(scope: Scope, material: Material, plan: Plan, headlines: list[Result], 
     """Runs the grid, the smallest cells first; cells that no longer fit into the plan are told as not run."""
     first = headlines[0]
     mean_length = first["real_tokens"] / (first["num_peers"] * first["batch_size"] * first["steps"])
-    token_s = first["arms"]["seed+, fp32"]["train_s"]["median"] / first["real_tokens"]
+    slowest = max(arm["train_s"]["median"] for arm in first["arms"].values() if arm["ran"])
+    token_s = slowest / first["real_tokens"] / 2  # the seed's, which is not in the grid, is the double of the others'
     cells, results = list(grid_cells(scope, mean_length)), list[Result]()
     shares = Plan(plan.left_s, {c.name: c.num_peers * (c.tokens or 0) * c.steps + 500.0 for c in cells})
     for cell in cells:
@@ -185,9 +190,9 @@ def grid(scope: Scope, material: Material, plan: Plan, headlines: list[Result], 
             results.append({"cell": cell.name, "method": cell.method, "num_peers": cell.num_peers,
                             "tokens": cell.tokens, "ran": False, "reason": reason})  # fmt: skip
             continue
-        results.append(
-            run_cell(cell, material, entries([*GRID, OURS]), shares.share_s(cell.name), grid_repeats(scope, cell), say)
-        )
+        wanted = grid_repeats(scope, cell)
+        stage = Stage.of(cell, material, wanted + 1)
+        results.append(run_cell(stage, entries([OURS, *GRID]), shares.share_s(cell.name), wanted, say))
     return results
 
 
@@ -197,4 +202,4 @@ def grid_repeats(scope: Scope, cell: Cell) -> int:
 
 
 def no_time() -> Result:
-    return {"ran": False, "reason": "no time was left in the plan"}
+    return {"ran": False, "reason": NO_TIME}

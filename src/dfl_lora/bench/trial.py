@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,10 +21,13 @@ from dfl_lora.bench.table import NO_BF16, multiplies_bf16
 from dfl_lora.bench.timing import Counted, Roof, Round, copied, counting, run_round
 from dfl_lora.data.batches import Rows
 from dfl_lora.machine import available_memory
+from dfl_lora.recipe import Recipe
 
 LONG_S = 5.0
 """A round that takes longer needs none before it to warm up: the first is timed as well."""
 GATE_ROUNDS, COURSE_ROUNDS, COURSE_ROWS = 2, 4, 128
+ALWAYS = 3
+NO_TIME = "no time was left in the plan"
 Say = Callable[[str], None]
 
 
@@ -41,16 +44,17 @@ class Entry:
 
 
 @dataclass
-class Course32:
+class Oracle:
     """The reference, taken on as far as it is asked for."""
 
     arm: Own
     ends: list[list[Adapter]] = field(default_factory=list)
+    losses: list[Sequence[float]] = field(default_factory=list)
 
     def end(self, rounds: int) -> list[Adapter]:
         """Returns the peers' adapters after so many rounds."""
         while len(self.ends) < rounds:
-            self.arm.train_round()
+            self.losses.append(self.arm.train_round())
             self.arm.mix()
             self.ends.append(copied(self.arm.adapters()))
         return self.ends[rounds - 1]
@@ -84,23 +88,42 @@ class Trial:
         return taken
 
 
-def run_cell(
-    cell: Cell, material: Material, entries: Sequence[Entry], budget_s: float, wanted: int, say: Say
-) -> dict[str, Any]:
-    """Returns what every arm took in one cell."""
+@dataclass(frozen=True)
+class Stage:
+    """A cell with its rows read, and the reference for its gate."""
+
+    cell: Cell
+    material: Material
+    recipe: Recipe
+    setting: Setting
+    oracle: Oracle
+
+    @classmethod
+    def of(cls, cell: Cell, material: Material, rounds: int) -> "Stage":
+        recipe = cell.recipe(material, rounds)
+        return cls(cell, material, recipe, setting_of(federation_of(recipe)), Oracle(reference(recipe)))
+
+
+def run_cell(stage: Stage, entries: Sequence[Entry], budget_s: float, wanted: int, say: Say) -> dict[str, Any]:
+    """Returns what every arm took in one cell.
+
+    The arms come in the order of their importance: the first three always run, the others while there is time.
+    """
     begun = perf_counter()
-    recipe = cell.recipe(material, wanted + 1)
-    setting = setting_of(federation_of(recipe))
+    cell, setting = stage.cell, stage.setting
     roofs = {dtype: Roof(tokens_of(setting) // setting.work.steps_of(setting.data.train[0]), setting.shape.hidden, t)
              for dtype, t in DTYPES.items()}  # fmt: skip
     trials, skipped = list[Trial](), dict[str, str]()
     for entry in entries:
         reason = why_not(entry, cell, setting)
+        dearest = max((t.first.total_s for t in trials if t.first), default=0.0)
+        if reason is None and len(trials) >= ALWAYS and perf_counter() - begun + 2 * dearest > budget_s:
+            reason = NO_TIME
         if reason is None:
             say(f"  {entry.name}: first round")
             try:
                 start = perf_counter()
-                arm = entry.kind.make(recipe, setting, entry.dtype)
+                arm = entry.kind.make(stage.recipe, setting, entry.dtype)
                 trial = Trial(entry, arm, perf_counter() - start, roofs[entry.dtype])
                 trial.warm()
                 trials.append(trial)
@@ -110,9 +133,8 @@ def run_cell(
             skipped[entry.name] = reason
     reserved = GATE_ROUNDS * median(t.first.total_s for t in trials if t.first) if trials else 0.0
     passes(trials, budget_s - (perf_counter() - begun) - reserved, wanted, say)
-    oracle = Course32(reference(recipe))
     work = work_of(setting, cell, max((t.done for t in trials), default=1))
-    arms = {t.entry.name: told(t, verdict(t, oracle, cell, material, setting), cell, setting, work) for t in trials}
+    arms = {t.entry.name: told(t, verdict(t, stage), cell, setting, work) for t in trials}
     for name, reason in skipped.items():
         arms[name] = {"ran": False, "reason": reason}
     gc.collect()
@@ -185,15 +207,15 @@ def work_of(setting: Setting, cell: Cell, rounds: int) -> list[Work]:
     return works
 
 
-def verdict(trial: Trial, oracle: Course32, cell: Cell, material: Material, setting: Setting) -> Verdict:
+def verdict(trial: Trial, stage: Stage) -> Verdict:
     """Returns whether an arm did the work."""
     if trial.entry.dtype == "float32":
-        return same_end(trial.ends[-1], oracle.end(len(trial.ends)), setting.placement)
-    recipe = Cell(cell.method, cell.num_peers, cell.batch_size, 1, cell.partition).recipe(
-        material, COURSE_ROUNDS, evaluate={"rows": COURSE_ROWS, "metric": "accuracy"}
+        return same_end(trial.ends[-1], stage.oracle.end(len(trial.ends)), stage.setting.placement)
+    recipe = replace(stage.cell, steps=1).recipe(
+        stage.material, COURSE_ROUNDS, evaluate={"rows": COURSE_ROWS, "metric": "accuracy"}
     )
     arm = trial.entry.kind.make(recipe, setting_of(federation_of(recipe)), trial.entry.dtype)
-    return same_course(course(arm), course(reference(recipe)), setting.placement)
+    return same_course(course(arm), course(reference(recipe)), stage.setting.placement)
 
 
 def course(arm: Arm) -> Course:

@@ -1,7 +1,8 @@
 """seed and seed+: a whole model for every peer, one after the other.
 
 The seed pads every batch to the longest of a thousand rows and evaluates every peer twice a round, before and after
-gossip; seed+ is the same fair loop, padded to the longest of the batch, evaluated once.
+gossip; seed+ is the same fair loop, padded to the longest of the batch, evaluated once. The copies are made in memory,
+where the seed loads the base N times: start-up is told in their favour.
 """
 
 from collections.abc import Sequence

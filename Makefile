@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-network test test-slow check clean
+.PHONY: demo demo-network test test-slow bench bench-quick bench-flower-env check clean
 
 # The environment is made again when what it is made from changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -40,6 +40,14 @@ test: .venv ## the fast suite, with coverage
 
 test-slow: .venv ## the rest
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv bench-flower-env ## what a round costs here and with other tools, in 45 minutes; writes docs/benchmarks.md
+	@mkdir -p runs
+	$(BIN)/dfl-lora bench --out runs/bench.json --docs docs/benchmarks.md
+
+bench-quick: .venv ## the same in 5 minutes, on the screen
+	@mkdir -p runs
+	$(BIN)/dfl-lora bench --quick --out runs/bench-quick.json
 
 check: .venv ## format, lint, types, imports
 	$(BIN)/ruff format --check src tests scripts

@@ -57,5 +57,14 @@ check: .venv ## format, lint, types, imports
 	@! grep -n "@@" README.md || { echo "README.md has an unfilled place."; exit 1; }
 	@n=$$(grep -rn "pragma: no cover" src | wc -l); echo "pragma: no cover: $$n (at most 10)"; test $$n -le 10
 
+bench-flower-env: benchmarks/flower/.venv/installed ## the environment of the benchmark's Flower arm (1.6 GB)
+
+# Flower excludes versions of constraints.txt, so requirements.txt alone says what goes in.
+benchmarks/flower/.venv/installed: benchmarks/flower/requirements.txt
+	python3.11 -m venv $(@D)
+	env -u PIP_CONSTRAINT $(@D)/bin/pip install --quiet torch==2.13.0
+	env -u PIP_CONSTRAINT $(@D)/bin/pip install --quiet -r $<
+	@touch $@
+
 clean: ## remove what is generated
-	rm -rf .venv runs .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv benchmarks/flower/.venv runs .coverage .pytest_cache .mypy_cache .ruff_cache

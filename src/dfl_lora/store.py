@@ -19,7 +19,7 @@ PIECE = 4 * 2**20
 
 
 def zeros(place: Path | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Returns a matrix of zeros, in memory where `place` is None, else in a file of that folder, or the one above it."""
+    """Returns a matrix of zeros, in memory where `place` is None, else in a file of that folder or the next above."""
     size = rows * columns * dtype.itemsize
     if place is None or size == 0:
         return torch.zeros(rows, columns, dtype=dtype)

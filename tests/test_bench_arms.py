@@ -117,4 +117,5 @@ def test_what_an_arm_executes_is_counted(kind: str, tiny: Material) -> None:
     lengths = [shard.source.lengths[chosen] for shard, chosen in rows]
     useful = sum(setting.shape.train_flops(own, frozen_a=False) for own in lengths)
     assert sum(own.sum() for own in lengths) <= counted.tokens
-    assert 0.7 < counted.flops / useful < 2
+    least = 0.4 if kind == "ours" else 0.7  # the last of two layers is computed for first tokens alone
+    assert least < counted.flops / useful < 2

@@ -154,7 +154,9 @@ def test_a_run_in_which_every_peer_is_lost_fails_in_one_sentence(
 def test_the_recipe_of_a_run_is_resolved_and_carries_its_digest(toy_run: Path) -> None:
     recipe = yaml.safe_load((toy_run / "recipe.yaml").read_text())
     assert recipe["digest"] == summary_of(toy_run)["recipe_digest"]
-    assert recipe["compute"] == {**ONE_THREAD, "attention": "sdpa", "group_tokens": 4096, "device": "cpu"}
+    assert recipe["compute"] == {
+        **ONE_THREAD, "attention": "sdpa", "group_tokens": 4096, "device": "cpu", "store": "memory",
+    }  # fmt: skip
     assert recipe["lora"]["lora_alpha"] == 16
 
 

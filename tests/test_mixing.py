@@ -9,6 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dfl_lora import graphs
+from dfl_lora import mixing as mixings
 from dfl_lora.errors import UserError
 from dfl_lora.graphs import GRAPHS, Graph, clusters, complete, from_rows, line, none, ring, star
 from dfl_lora.mixing import (
@@ -20,6 +22,7 @@ from dfl_lora.mixing import (
     eigenvalues,
     exact_in,
     expected_consensus,
+    expected_consensus_on,
     expected_drift,
     expected_profile,
     gap,
@@ -29,6 +32,8 @@ from dfl_lora.mixing import (
     messages,
     metropolis,
     rho,
+    rho_on,
+    rounds_at,
     rounds_to,
     uniform,
 )
@@ -322,3 +327,36 @@ def test_weights_that_differ_by_more_than_one_millionth_between_the_two_are_refu
 def test_a_matrix_under_which_peers_swap_for_ever_is_refused(rows: list[list[float]]) -> None:
     with pytest.raises(UserError, match="swap for ever"):
         given_matrix(rows)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("name", ["ring", "star", "random_regular", "torus", "hypercube", "complete"])
+def test_rho_by_lanczos_is_that_of_the_matrix(name: str, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = GRAPHS[name](256)
+    expected = rho(matrix(graph, MIXINGS[mixing]))
+    assert rho_on(graph, MIXINGS[mixing]) == expected
+    large = Graph(256, graph.edges)
+    for module in (graphs, mixings):
+        monkeypatch.setattr(module, "DENSE", 100)
+    assert rho_on(large, MIXINGS[mixing]) == pytest.approx(expected, abs=1e-9)
+    assert math.isnan(expected_consensus_on(large, MIXINGS[mixing]))
+    assert math.isnan(expected_profile(large, MIXINGS[mixing]))
+    assert expected_consensus_on(GRAPHS[name](64), MIXINGS[mixing]) == expected_consensus(
+        matrix(GRAPHS[name](64), MIXINGS[mixing])
+    )
+
+
+def test_of_many_peers_who_do_not_all_talk_rho_is_one() -> None:
+    assert rho_on(GRAPHS["none"](3000), MIXINGS["metropolis"]) == 1.0
+
+
+def test_what_lanczos_does_not_find_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MATRIX", 3000)
+    found = rho_on(GRAPHS["ring"](3000), MIXINGS["metropolis"])
+    assert math.isnan(found) and math.isnan(rounds_at(found))
+
+
+def test_the_gap_of_a_ring_of_thousands_is_that_of_the_formula() -> None:
+    """1 - (1 + 2 cos(2 pi / n)) / 3."""
+    expected = 2 / 3 * (1 - math.cos(2 * math.pi / 3000))
+    assert 1 - rho_on(GRAPHS["ring"](3000), MIXINGS["metropolis"]) == pytest.approx(expected, rel=1e-6)

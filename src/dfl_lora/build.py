@@ -31,7 +31,6 @@ from dfl_lora.peers import Peers
 from dfl_lora.preflight import (
     TOY,
     TOY_HELD_OUT,
-    TOY_ROWS,
     check_attention,
     check_participation,
     check_partition,
@@ -40,6 +39,7 @@ from dfl_lora.preflight import (
     no_column,
     share_out,
     text_columns,
+    toy_rows,
 )
 from dfl_lora.recipe import Compute, Recipe, is_path
 from dfl_lora.rounds import Method
@@ -292,10 +292,11 @@ def evaluation_shard(recipe: Recipe, source: Source, rows: Rows) -> Shard:
 def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
     """Vectors labelled by a random linear teacher."""
     generator = torch_stream(recipe.train.seed, "toy data")
-    inputs = torch.randn(TOY_ROWS, TOY_INPUTS, generator=generator)
+    num_rows = toy_rows(recipe)
+    inputs = torch.randn(num_rows, TOY_INPUTS, generator=generator)
     teacher = torch.randn(TOY_INPUTS, TOY_LABELS, generator=generator)
     source = VectorSource(inputs, (inputs @ teacher).argmax(1))
-    held_out, rows = np.arange(TOY_HELD_OUT), np.arange(TOY_HELD_OUT, TOY_ROWS)
+    held_out, rows = np.arange(TOY_HELD_OUT), np.arange(TOY_HELD_OUT, num_rows)
     labels = source.labels.numpy()
     shared = share_out(recipe, labels[rows], no_column)
     parts = [rows[part] for part in shared]

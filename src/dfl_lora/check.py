@@ -49,7 +49,7 @@ class Prediction:
     spectral_gap: float
     exchanges_to_a_thousandth: float
     expected_consensus: float
-    """Infinite, like the next, where peers never agree."""
+    """Infinite, like the next, where peers never agree; nan where it is not known of so many peers."""
     expected_profile: float
     """Relative to the ring of as many peers."""
 
@@ -121,15 +121,16 @@ def sample_of(federation: Federation) -> Sample | None:
 
 
 def prediction(federation: Federation) -> Prediction:
-    peers, w = federation.recipe.peers, mixing.matrix(federation.graph, federation.method.mixing)
+    peers, graph, weights = federation.recipe.peers, federation.graph, federation.method.mixing
+    rho = mixing.rho_on(graph, weights)
     return Prediction(
         str(peers.topology),
         "its own" if peers.topology.kind == "matrix" else peers.mixing,
-        len(federation.graph.edges),
-        mixing.gap(w),
-        mixing.rounds_to(w, 1e-3),
-        mixing.expected_consensus(w),
-        mixing.expected_profile(federation.graph, federation.method.mixing),
+        len(graph.edges),
+        1.0 - rho,
+        mixing.rounds_at(rho, 1e-3),
+        mixing.expected_consensus_on(graph, weights),
+        mixing.expected_profile(graph, weights),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
-from math import isqrt
+from math import isqrt, nan
 from pathlib import Path
 from random import Random
 from typing import Annotated, TypeVar
@@ -28,6 +28,10 @@ Rows = TypeVar("Rows", list[list[int]], list[list[float]])
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Even = Annotated[int, Field(ge=2, multiple_of=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+DENSE = 2048
+"""Up to so many peers W and L are written out, and all their eigenvalues are known."""
+MATRIX = 4_000_000
+"""Restarts of Lanczos times the number of peers, some seconds, after which an eigenvalue is not known."""
 DRAWS = 100
 """A random graph is drawn at most this often until it is connected."""
 
@@ -88,6 +92,14 @@ class Graph:
         return np.sort(np.asarray(nx.laplacian_spectrum(self.networkx, weight=None), dtype=np.float64))
 
     @cached_property
+    def largest_laplacian_eigenvalue(self) -> float:
+        """The last of them; of more than DENSE peers by Lanczos."""
+        if self.num_peers <= DENSE or not self.edges:
+            return float(self.laplacian_eigenvalues[-1])
+        sparse = nx.laplacian_matrix(self.networkx, weight=None).astype(np.float64)
+        return extreme(sparse.dot, self.num_peers, "LA")
+
+    @cached_property
     def _neighbours(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(sorted(self.networkx[i])) for i in range(self.num_peers))
 
@@ -97,6 +109,24 @@ class Graph:
 
     def degree(self, peer: int) -> int:
         return len(self._neighbours[peer])
+
+
+def extreme(times: Callable[[NDArray[np.float64]], NDArray[np.float64]], size: int, which: str) -> float:
+    """Returns an eigenvalue of a symmetric matrix given by its product with a vector; nan where Lanczos finds none.
+
+    `which` is LM, the largest modulus, or LA, the largest. The same matrix gives the same number.
+    """
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    operator = LinearOperator((size, size), matvec=times, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(size)
+    try:
+        found = eigsh(
+            operator, 1, which=which, v0=start, ncv=60, tol=1e-10, maxiter=MATRIX // size, return_eigenvectors=False
+        )
+    except ArpackNoConvergence:
+        return nan
+    return float(found[0])
 
 
 def is_pair(edge: Sequence[int], num_peers: int) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph, ring, square
+from dfl_lora.graphs import DENSE, Graph, extreme, ring, square
 
 Matrix = NDArray[np.float64]
 TOLERANCE = 1e-6
@@ -55,7 +55,8 @@ def metropolis(graph: Graph, peer: int) -> Row:
 
 def laplacian(graph: Graph, peer: int) -> Row:
     """Returns the row of I - 2 L / (3 lambda_max), whose eigenvalues lie between 1/3 and 1."""
-    return Row(peer, {j: 2.0 / (3.0 * float(graph.laplacian_eigenvalues[-1])) for j in graph.neighbours(peer)})
+    largest = graph.largest_laplacian_eigenvalue
+    return Row(peer, {j: 2.0 / (3.0 * largest) for j in graph.neighbours(peer)})  # noqa: C420 - 0 without neighbours
 
 
 def max_degree(graph: Graph, peer: int) -> Row:
@@ -135,9 +136,42 @@ def gap(w: Matrix) -> float:
     return 1.0 - rho(w)
 
 
+def rho_on(graph: Graph, mixing: Mixing) -> float:
+    """Returns rho of W on a graph; of more than DENSE peers by Lanczos, without W, and nan where it does not converge.
+
+    What sums over all eigenvalues (`expected_consensus`, `expected_drift`) is not known of so many peers.
+    """
+    n = graph.num_peers
+    if n <= DENSE:
+        return rho(matrix(graph, mixing))
+    if not graph.connected:
+        return 1.0
+    rows = [mixing(graph, i) for i in range(n)]
+    own = np.array([row.own for row in rows], dtype=np.float64)
+    weights = np.array([weight for row in rows for weight in row.weights.values()])
+    others = np.array([j for row in rows for j in row.weights], dtype=np.int64)
+    starts = np.cumsum([0, *(len(row.weights) for row in rows)])
+
+    def shrunk(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns (W - 11'/n) v."""
+        apart = v - v.mean()
+        from_others: NDArray[np.float64] = np.add.reduceat(weights * apart[others], starts[:-1])
+        mixed: NDArray[np.float64] = own * apart + from_others
+        return mixed
+
+    value = abs(extreme(shrunk, n, "LM"))
+    return 1.0 if value > 1 - ROUNDING else 0.0 if value < ROUNDING else value
+
+
 def rounds_to(w: Matrix, share: float = 1e-3) -> float:
     """Returns the smallest k >= 1 with rho^k <= share: rounds of plain gossip; inf where peers never agree."""
-    shrinks = rho(w)
+    return rounds_at(rho(w), share)
+
+
+def rounds_at(shrinks: float, share: float = 1e-3) -> float:
+    """Returns `rounds_to` of a known rho; nan where it is not known."""
+    if math.isnan(shrinks):
+        return math.nan
     if shrinks == 1:
         return math.inf
     return max(1, math.ceil(math.log(share) / math.log(shrinks))) if shrinks else 1
@@ -193,12 +227,19 @@ def expected_drift(w: Matrix) -> float:
     return float(np.sqrt((values**2 / (1.0 - values) ** 2).sum()))
 
 
+def expected_consensus_on(graph: Graph, mixing: Mixing) -> float:
+    """Returns the expected consensus of W on a graph; nan, not known, of more than DENSE peers."""
+    return expected_consensus(matrix(graph, mixing)) if graph.num_peers <= DENSE else math.nan
+
+
 def expected_profile(graph: Graph, mixing: Mixing) -> float:
     """Returns the expected consensus relative to that of the ring of as many peers under the same mixing.
 
     A given W is compared with the ring under metropolis. Where the ring agrees at once (up to 3 peers under
-    metropolis), the ratio is 1 if this graph does so too, else inf.
+    metropolis), the ratio is 1 if this graph does so too, else inf. Of more than DENSE peers it is nan, not known.
     """
+    if graph.num_peers > DENSE:
+        return math.nan
     on_ring = mixing if mixing in MIXINGS.values() else metropolis
     reference = expected_consensus(matrix(ring(graph.num_peers), on_ring))
     expected = expected_consensus(matrix(graph, mixing))

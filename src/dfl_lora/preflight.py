@@ -49,7 +49,7 @@ def preflight(recipe: Recipe, ids: Sequence[int] | None = None) -> None:
     check_toy(recipe)
     check_attention(recipe)
     if recipe.task.kind == "toy":
-        check_shares(recipe, Glance((), TOY_ROWS - TOY_HELD_OUT, no_column, {}), None)
+        check_shares(recipe, Glance((), toy_rows(recipe) - TOY_HELD_OUT, no_column, {}), None)
         check_targets(TOY_MODULES, recipe)
     else:
         columns = text_columns(recipe)
@@ -181,6 +181,11 @@ def check_rows(recipe: Recipe, columns: Columns, hosted: Sequence[int]) -> None:
         check_shares(recipe, shared, known[0][1] if known else None)
     check_held_out(recipe)
     check_validation(recipe, columns, names, hosted)
+
+
+def toy_rows(recipe: Recipe) -> int:
+    """Returns the rows of the toy: those that are held out, and enough for each peer to have one."""
+    return max(TOY_ROWS, TOY_HELD_OUT + recipe.peers.num_peers)
 
 
 def check_shares(recipe: Recipe, table: Glance, ids: partition.Rows | None) -> None:

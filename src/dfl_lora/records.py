@@ -148,17 +148,16 @@ def interval(values: list[float]) -> float:
 
 def partition_facts(federation: Federation) -> Line:
     """Returns what is known before round 1: who holds what, and what the graph predicts."""
-    w = mixing.matrix(federation.graph, federation.method.mixing)
-    expected = mixing.expected_consensus(w)
+    graph, weights = federation.graph, federation.method.mixing
     return {
         "labels": list(federation.data.labels),
         "counts": counts_by_peer(federation),
         "num_rows": federation.data.num_rows,
         **asdict(shares(federation.data.counts)),
-        "edges": sorted(federation.graph.edges),
+        "edges": sorted(graph.edges),
         "topology": federation.recipe.peers.topology.kind,
-        "spectral_gap": mixing.gap(w),
-        "expected_consensus": expected if isfinite(expected) else None,
+        "spectral_gap": finite(1.0 - mixing.rho_on(graph, weights)),
+        "expected_consensus": finite(mixing.expected_consensus_on(graph, weights)),
     }
 
 

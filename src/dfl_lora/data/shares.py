@@ -10,6 +10,7 @@ Peers without rows have no shares, and rows without labels (one column of counts
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 
@@ -41,7 +42,9 @@ class Shares:
 
 
 def short(value: float) -> str:
-    """Returns a number of about three digits."""
+    """Returns a number of about three digits; a word where it is not known."""
+    if isnan(value):
+        return "unknown"
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 

@@ -136,6 +136,21 @@ def test_rows_of_a_pass_do_not_see_each_other(family: Family, attention: str, tm
     assert [row for rows in changed for row in rows] == [number == 6 + 2 for number in range(6 + 5 + 7)]
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_padded_rows_give_the_logits_of_packed_ones(family: Family, tmp_path: Path) -> None:
+    setting = setting_of(family, tmp_path)
+    learner, peers, batches = setting.stacked(), start_apart(setting.peers(), 0.2), batches_of(setting)
+    learner.packed = False
+    with torch.no_grad():
+        padded = learner.forward(batches, learner.leaves(peers, peers.x, peers.x, Phase(0, frozenset(), frozenset())))[
+            0
+        ]
+    assert learner.current.packing is not None
+    assert learner.current.packing.num_tokens > packed([b.lengths.tolist() for b in batches]).num_tokens
+    for one, other in zip(padded, logits_of(setting, batches), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_both_kernels_of_attention_give_the_same_logits(tmp_path: Path) -> None:
     ends = [
         logits_of(setting_of("bert", tmp_path / kernel, kernel), batches_of(setting_of("bert", tmp_path / kernel)))

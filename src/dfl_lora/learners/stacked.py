@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,6 +63,8 @@ class StackedLearner:
     num_below: int = 0
     """Layers below the first that is adapted, and where what they make is kept; None: it is made anew."""
     kept: Activations | None = None
+    packed: bool = True
+    """False: rows are padded to the longest of their batch, as plain tools do; for comparison alone."""
     clock: Clock = lambda part: nullcontext()
     """Told of the parts of the work: data, forward, backward, optimiser."""
 
@@ -147,9 +150,16 @@ class StackedLearner:
 
     def forward(self, batches: Sequence[Batch], tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Returns each peer's logits [rows, labels] and mean losses [k]."""
-        packing = Packing([b.lengths for b in batches], [b.width for b in batches], self.device, self.dtype)
+        lengths, widths = [b.lengths for b in batches], [b.width for b in batches]
+        if self.packed:
+            packing = Packing(lengths, widths, self.device, self.dtype)
+            inputs = packing.inputs([b.inputs for b in batches], batches[0].pads)
+        else:
+            whole = [np.full_like(own, width) for own, width in zip(lengths, widths, strict=True)]
+            packing = Packing(whole, widths, self.device, self.dtype, lengths)
+            columns = [{name: b.padded()[name].flatten(0, 1) for name in b.inputs} for b in batches]
+            inputs = packing.inputs(columns, batches[0].pads)
         self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
-        inputs = packing.inputs([b.inputs for b in batches], batches[0].pads)
         self.current.below = self.kept.get(batches, packing) if self.kept else None
         logits = read(self.model, inputs, self.current)[packing.row_index]
         if self.kept and self.current.below is None and self.current.made is not None:

@@ -34,7 +34,7 @@ class Bucket:
     rows: Tensor
     """[n] where each row lies among the rows."""
     mask: Tensor | None
-    """[n, 1, 1, L] added to the scores; None where every row has L tokens."""
+    """[n, 1, 1, L] added to the scores; None where every row has L tokens to see."""
     real: Tensor | None
     """[m] which of the n L places are tokens, and which are not; both None where all are."""
     beyond: Tensor | None
@@ -75,6 +75,8 @@ class Packing:
     device: torch.device
     dtype: torch.dtype
     """Of what is computed, so of the masks."""
+    seen: Sequence[Lengths] | None = None
+    """Of each peer, how many tokens of each row attention sees, where the others are padding; None: all."""
 
     @cached_property
     def token_spans(self) -> list[slice]:
@@ -138,7 +140,10 @@ class Packing:
         mask = real = beyond = None
         if not is_token.all():
             real, beyond = self.index(np.flatnonzero(is_token)), self.index(np.flatnonzero(~is_token))
-            hidden = torch.from_numpy(~is_token[:, None, None])
+        seen = lengths if self.seen is None else np.concatenate(self.seen)
+        is_seen = np.arange(width) < seen[numbers, None]
+        if not is_seen.all():
+            hidden = torch.from_numpy(~is_seen[:, None, None])
             mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf).to(self.device)
         return Bucket(self.index(tokens.ravel()), self.index(self.rows[numbers]), mask, real, beyond, numbers)
 

@@ -9,7 +9,7 @@ that cross from rows that are done to rows that are not: three on a ring. Column
 rows of a block to stay in the cache, and each thread takes blocks: a block's bits depend on nothing else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,22 +107,27 @@ def finite(x: Tensor, spans: Iterable[slice], absent: frozenset[int]) -> bool:
 def apply(sweep: Sweep, x: Tensor, blocks: Sequence[slice]) -> None:
     """Mixes the columns of x [N, P] in place, the blocks shared out to as many threads as torch uses."""
     matrix: NDArray[Any] = x.numpy()
+    weights = {weight: np.array(weight, matrix.dtype) for _, _, begun in sweep.turns for _, weight, _ in begun}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for _ in threads.map(lambda block: mix_block(sweep, matrix[:, block]), blocks):
+        for _ in threads.map(lambda block: mix_block(sweep, matrix[:, block], weights), blocks):
             pass
 
 
-def mix_block(sweep: Sweep, x: NDArray[Any]) -> None:
-    """Mixes one block [N, c] in place."""
+def mix_block(sweep: Sweep, x: NDArray[Any], weights: Mapping[float, NDArray[Any]]) -> None:
+    """Mixes one block [N, c] in place.
+
+    Threads wait for each other between operations, so these are few and short to call: weights are arrays already, and
+    results go to the last argument.
+    """
     rows, kept = list(x), list(np.empty((sweep.num_kept, x.shape[1]), dtype=x.dtype))
     add, subtract, multiply = np.add, np.subtract, np.multiply
     for row, ended, begun in sweep.turns:
         own = rows[row]
         for other, weight, place in begun:
             flow = kept[place]
-            subtract(rows[other], own, out=flow)
-            multiply(flow, weight, out=flow)
+            subtract(rows[other], own, flow)
+            multiply(flow, weights[weight], flow)
         for place in ended:
-            subtract(own, kept[place], out=own)
+            subtract(own, kept[place], own)
         for _, _, place in begun:
-            add(own, kept[place], out=own)
+            add(own, kept[place], own)

@@ -43,7 +43,7 @@ def test_what_a_part_leaves_goes_to_those_after_it_and_a_late_part_gets_nothing(
     assert plan.share_s("third") == 0
 
 
-@pytest.mark.parametrize(("scope", "minutes"), [(FULL, 45), (QUICK, 5)])
+@pytest.mark.parametrize(("scope", "minutes"), [(FULL, 43), (QUICK, 4.5)])
 def test_the_parts_share_out_the_whole_time(scope: Scope, minutes: float) -> None:
     plan = plan_of(scope, None)
     assert plan.total_s == 60 * minutes

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from dfl_lora import codecs, combine, corrections, graphs, machine, mixers, schedules
 from dfl_lora.data import partition, sources, tasks
@@ -22,7 +24,7 @@ from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
-from dfl_lora.models.below import frozen_below
+from dfl_lora.models.below import digest_below, frozen_below
 from dfl_lora.models.folder import check_room
 from dfl_lora.models.placement import Lora, Placement, place, split
 from dfl_lora.models.toy import ToyModel
@@ -118,7 +120,7 @@ def build(
     trainer: Learner
     if learner == "stacked":
         tokens, below = int(recipe.compute.group_tokens), num_below(recipe, base, placement)
-        kept = kept_of(recipe, base, files, below) if files and below else None
+        kept = kept_of(recipe, base, below) if below else None
         trainer = StackedLearner(
             base.model, data.peers, work, lora.scaling, tokens, recipe.compute.attention, device, below, kept
         )
@@ -136,9 +138,12 @@ def num_below(recipe: Recipe, base: bases.Base, placement: Placement) -> int:
     return frozen_below(base.model, base.prefix, placement.modules) if asked else 0
 
 
-def kept_of(recipe: Recipe, base: bases.Base, files: bases.Files, below: int) -> Activations:
-    """Returns where what the lowest layers make of each row is kept."""
-    name: list[str | int] = [files.weights, files.tokenizer, below, recipe.compute.attention, str(torch.__version__)]
+def kept_of(recipe: Recipe, base: bases.Base, below: int) -> Activations:
+    """Returns where what the lowest layers make of each row is kept, by a name that says all it depends on."""
+    assert isinstance(base.model, PreTrainedModel)
+    versions = [str(torch.__version__), version("transformers"), version("dfl-lora")]
+    computed = [recipe.compute.device, torch.backends.cpu.get_cpu_capability(), str(recipe.compute.attention)]
+    name = [digest_below(base.model, base.prefix, below), base.model.config.to_json_string(), *versions, *computed]
     weight = next(base.model.parameters())  # of the embeddings: [tokens of the vocabulary, d]
     return Activations(tasks.cache_place("activations"), name, weight.shape[1], weight.dtype)
 
@@ -156,8 +161,7 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
     if learner == "sequential" and compute.dtype == "bfloat16":
         raise UserError("The sequential learner is the reference in float32; set compute.dtype to float32 or auto.")
     device = device_of(compute)
-    native = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    native = native and learner == "stacked"
+    native = multiplies_bf16(device) and learner == "stacked"
     dtype = ("bfloat16" if native else "float32") if compute.dtype == "auto" else compute.dtype
     eager = (dtype == "bfloat16" and device == "cpu") or dropout
     attention = ("eager" if eager else "sdpa") if compute.attention == "auto" else compute.attention
@@ -171,6 +175,13 @@ def resolve_compute(compute: Compute, learner: str, dropout: bool) -> Compute:
     )
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Tells whether a device multiplies bfloat16 natively."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def device_of(compute: Compute) -> Literal["cpu", "cuda"]:
     """Returns where a run computes; raises where a GPU is asked for and there is none."""
     there = torch.cuda.is_available()
@@ -181,8 +192,10 @@ def device_of(compute: Compute) -> Literal["cpu", "cuda"]:
 
 def resolve_store(compute: Compute, num_bytes: int) -> str:
     """Returns where so many bytes of peers lie: by what this machine may use at most, never by what is free now."""
-    if compute.store != "auto":
-        return compute.store
+    if compute.store == "disk" and compute.device == "cuda":
+        raise UserError("compute.store is disk, which holds peers of a CPU alone; with device cuda set it to memory.")
+    if compute.store != "auto" or compute.device == "cuda":
+        return "memory" if compute.store == "auto" else compute.store
     return "disk" if 2 * num_bytes > machine.total_memory() else "memory"
 
 

@@ -87,8 +87,11 @@ def read_into(arrays: Mapping[str, Tensor], file: BufferedReader) -> bool:
     header = prefix(arrays)  # names, dtypes and shapes, and so the place of each number
     same = file.read(len(header)) == header
     for _, matrix in in_order(arrays) if same else ():
-        for piece in memory_of(matrix):
+        own = matrix.cpu()  # itself, unless it lies on another device
+        for piece in memory_of(own):
             file.readinto(piece)
+        if own is not matrix:
+            matrix.copy_(own)
     return same
 
 
@@ -96,7 +99,7 @@ def pieces(arrays: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yields the content of a safetensors file of these matrices: its header, then their own memory."""
     yield prefix(arrays)
     for _, matrix in in_order(arrays):
-        yield from memory_of(matrix)
+        yield from memory_of(matrix.cpu())
 
 
 def prefix(arrays: Mapping[str, Tensor]) -> bytes:

@@ -84,7 +84,7 @@ def many_distances(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             own = a[block].double()
             yield own, own - a_bar, b[block].double() - b_bar
 
-    d_bar = torch.zeros(b.shape[1], d_in, dtype=torch.float64)
+    d_bar = torch.zeros(b.shape[1], d_in, dtype=torch.float64, device=a.device)
     for own, d_a, d_b in differences():
         d_bar += d_b.transpose(0, 1).reshape(len(d_bar), -1) @ own.reshape(-1, d_in) + b_bar @ d_a.sum(0)
     d_bar /= n
@@ -106,7 +106,7 @@ def many_distances(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def mean_of(factor: Tensor, blocks: list[slice]) -> Tensor:
     """Returns the mean over peers in float64, of which no more than a block is made."""
-    total = torch.zeros(factor.shape[1:], dtype=torch.float64)
+    total = torch.zeros(factor.shape[1:], dtype=torch.float64, device=factor.device)
     for block in blocks:
         total += factor[block].double().sum(0)
     return total / len(factor)

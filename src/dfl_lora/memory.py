@@ -235,7 +235,11 @@ def law_of(run: Measured, batches: Sequence[Batch], budget: int) -> Law:
     size, longest = size_of(batches), max(batches, key=lambda b: int(b.lengths.max()))
     few = max(1, SMALL // int(longest.lengths.max()))
     ones = [[cut(longest, few)], [cut(longest, 2 * few)], [cut(longest, few, shortest=True)]]
-    points = [*ones, [cut(b, few) for b in batches[:2]]] if size[1] > 2 * SMALL else [batches]
+    points = (
+        [*ones, [cut(b, few) for b in batches[:2]]]
+        if size[1] > 2 * SMALL
+        else [[cut(b, len(b.lengths)) for b in batches]]
+    )
     sizes = [size_of(point) for point in points]
     alive = [peak_of(run, point, LARGE * own[1] // size[1]) for point, own in zip(points, sizes, strict=True)]
     matrix = np.array([[1, *own] for own in sizes], dtype=float)
@@ -245,13 +249,14 @@ def law_of(run: Measured, batches: Sequence[Batch], budget: int) -> Law:
 
 
 def cut(batch: Batch, rows: int, *, shortest: bool = False) -> Batch:
-    """Returns the longest rows of a batch, or the shortest, in the order of their length."""
+    """Returns the longest rows of a batch, or the shortest, by their length; of no table, so that nothing is kept."""
     order = np.argsort(batch.lengths, kind="stable")
     chosen = (order if shortest else order[::-1])[:rows].copy()
     starts = np.cumsum(batch.lengths) - batch.lengths
     tokens = torch.from_numpy(np.concatenate([np.arange(starts[r], starts[r] + batch.lengths[r]) for r in chosen]))
     inputs = {name: values[tokens] for name, values in batch.inputs.items()}
-    return replace(batch, inputs=inputs, lengths=batch.lengths[chosen], labels=batch.labels[torch.from_numpy(chosen)])
+    labels = batch.labels[torch.from_numpy(chosen)]
+    return replace(batch, inputs=inputs, lengths=batch.lengths[chosen], labels=labels, source=None, rows=None)
 
 
 def scratch(peers: Peers, num_peers: int) -> Peers:

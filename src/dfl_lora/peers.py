@@ -31,6 +31,7 @@ class Peer:
     `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction
     keeps: `gradient_shift` is added to every gradient after clipping, `step_shift` to x after every step,
     `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart); each is absent unless
+    a correction names it.
     """
 
     id: int

@@ -1,5 +1,6 @@
 """What frozen layers below the adapters make is kept, and changes nothing."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dfl_lora.data.generator import sentences
 from dfl_lora.errors import UserError
 from dfl_lora.learners import activations
 from dfl_lora.learners.stacked import StackedLearner
+from dfl_lora.memory import estimate
 from dfl_lora.metrics import Answers
 from dfl_lora.models.below import Below
 from dfl_lora.models.firsts import FirstsOnly
@@ -141,3 +143,30 @@ def test_what_is_kept_is_nobody_elses(content: dict[str, Any], tmp_path: Path) -
     assert (tmp_path / "cache" / "activations").stat().st_mode & 0o777 == 0o700
     assert all(f.stat().st_mode & 0o777 == 0o600 for f in (tmp_path / "cache" / "activations").iterdir())
     assert torch.get_num_threads() == 1
+
+
+def test_an_estimate_of_memory_keeps_nothing(content: dict[str, Any], tmp_path: Path) -> None:
+    """It cuts batches, whose rows are no longer those of their table."""
+    content["task"]["max_length"] = 6  # so that rows are of one length
+    assert estimate(build(resolve(content))).total > 0
+    kept = tmp_path / "cache" / "activations"
+    assert not any(np.memmap(file, dtype=np.uint64, mode="r").any() for file in kept.glob("*.checksums"))
+
+
+def test_another_configuration_of_the_same_weights_finds_nothing_kept(content: dict[str, Any], tmp_path: Path) -> None:
+    trained(content)
+    files = set((tmp_path / "cache" / "activations").iterdir())
+    config = Path(content["model"]["name_or_path"], "config.json")
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text()) | {"layer_norm_eps": 1e-4, "activation": "relu", "hidden_act": "relu"}
+        )
+    )
+    trained(content)
+    assert len(set((tmp_path / "cache" / "activations").iterdir())) == 2 * len(files)
+
+
+def test_a_table_that_an_evaluation_opened_is_written_in_training(content: dict[str, Any]) -> None:
+    f = build(resolve(content))
+    f.learner.evaluate(f.peers)
+    f.learner.train(f.peers, f.method.schedule(1), 1)

@@ -31,10 +31,10 @@ def head(result: Result) -> Iterator[str]:
     yield "# Benchmarks"
     yield (
         f"Written by `make {result['scope']}` from one run; its JSON holds every number. Ratios are of medians of "
-        "rounds timed in turn (ABAB) in one process. All arms do the same rounds on the same batches from the same "
-        "start, without dropout. A time counts only if the arm passed the gate: in fp32 A, B and head end within 1e-4 "
-        "of plain PEFT, one peer at a time; in bf16 the first gradient is within 5e-2, the loss within 2 %, the "
-        "accuracy within a point."
+        "rounds timed in turn (ABAB) in one process; Flower is a process of its own, timed apart. All arms do the same "
+        "rounds on the same batches from the same start, without dropout. A time counts only if the arm passed the "
+        "gate: in fp32 A, B and head end within 1e-4 of plain PEFT, one peer at a time; in bf16 the first gradient is "
+        "within 5e-2 (Flower does not tell its own), the loss within 2 %, the accuracy within a point."
     )
     yield table(
         ("", ""),

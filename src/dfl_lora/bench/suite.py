@@ -47,7 +47,7 @@ class Scope:
 
 FULL = Scope(
     name="bench",
-    minutes=45,
+    minutes=43,
     batches={16: 4, 128: 1},
     weights={"16": 3.0, "128": 4.5, "flower 16": 2.0, "flower 128": 3.0, "memory": 4.5, "scale": 5.0, "grid": 9.0},
     repeats=5,
@@ -61,7 +61,7 @@ FULL = Scope(
 )
 QUICK = Scope(
     name="bench-quick",
-    minutes=5,
+    minutes=4.5,
     batches={16: 2},
     weights={"16": 1.2, "flower 16": 0.6, "memory": 0.01, "scale": 0.5, "grid": 0.5},
     repeats=2,

@@ -23,8 +23,6 @@ from dfl_lora.data.batches import Rows
 from dfl_lora.machine import available_memory
 from dfl_lora.recipe import Recipe
 
-LONG_S = 5.0
-"""A round that takes longer needs none before it to warm up: the first is timed as well."""
 GATE_ROUNDS, COURSE_ROUNDS, COURSE_ROWS = 2, 4, 128
 ALWAYS = 3
 NO_TIME = "no time was left in the plan"
@@ -75,10 +73,8 @@ class Trial:
     ends: list[list[Adapter]] = field(default_factory=list)
 
     def warm(self) -> None:
-        """Does the first round, counting; it is timed as well where it takes long."""
+        """Does the first round, counting: it is never timed, since it is cold, and counting takes time of its own."""
         self.first = self.run(counting(self.arm, self.counted))
-        if self.first.total_s > LONG_S:
-            self.timed.append(self.first)
 
     def run(self, count: AbstractContextManager[Any] | None = None) -> Round:
         taken = run_round(self.arm, self.roof, count or nullcontext())

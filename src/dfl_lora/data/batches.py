@@ -17,8 +17,8 @@ Rows = NDArray[np.int64]
 
 PAD_TO = 8
 """Padded lengths are a multiple of this."""
-ORDERS = 8192
-"""Peers whose order of rows is remembered from one batch to the next."""
+PEERS = 1 << 17
+"""Peers whose order of rows is remembered from one batch to the next, of one epoch each."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,19 @@ class Order:
         return shard.source.collate(self.rows(shard, peer, cursor))
 
 
-@lru_cache(maxsize=ORDERS)
 def shuffled(seed: int, peer: int, epoch: int, num_rows: int) -> Rows:
     """Returns the order in which a peer reads its rows in an epoch."""
-    return numpy_stream(seed, "order", peer, epoch).permutation(num_rows)
+    last = last_order(seed, peer, num_rows)
+    if epoch not in last:
+        last.clear()
+        last[epoch] = numpy_stream(seed, "order", peer, epoch).permutation(num_rows)
+    return last[epoch]
+
+
+@lru_cache(maxsize=PEERS)
+def last_order(seed: int, peer: int, num_rows: int) -> dict[int, Rows]:
+    """Returns where the order of a peer's last epoch is kept."""
+    return {}
 
 
 def evaluation_batches(shard: Shard, batch_size: int) -> Iterator[Batch]:

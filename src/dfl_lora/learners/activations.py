@@ -1,9 +1,10 @@
 """What the frozen layers below the first adapted one made of each row, kept on disk from one step to the next.
 
 One memory-mapped file of numbers [tokens, d] and one of checksums [rows] for each table of rows, named by a digest of
-everything they depend on: weights, precision, number of layers, tokens. A row without its checksum (not made yet, or
-written by half when the machine went down) is made anew, so that nothing is trusted because it is there. The bits are
-those that the layers make in any pass; where the disk has no room nothing is kept.
+everything they depend on: the layers themselves, configuration, precision, versions, kind of processor, tokens. A row
+without its checksum (not made yet, or written by half when the machine went down) is made anew, so that nothing is
+trusted because it is there. The bits are those that the layers make in any pass; where the disk has no room nothing is
+kept.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dfl_lora.data.batches import Batch, TokenSource
 from dfl_lora.models.packing import Packing
+from dfl_lora.store import reserve
 
 SPARE = 2
 """The disk must have this many times the room that is needed."""
@@ -85,7 +87,8 @@ class Activations:
         if not isinstance(source, TokenSource) or not source.digest:
             return None
         if source.digest not in self.tables:
-            self.tables[source.digest] = self.open(source)
+            with torch.inference_mode(False):  # an evaluation may open what training writes to
+                self.tables[source.digest] = self.open(source)
         return self.tables[source.digest]
 
     def open(self, source: TokenSource) -> Table | None:
@@ -95,6 +98,7 @@ class Activations:
         tokens, rows = int(source.offsets[-1]), len(source.lengths)
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
             allocate(path.with_suffix(".hidden"), tokens * self.width * self.dtype.itemsize)
             allocate(path.with_suffix(".checksums"), rows * 8)
         except OSError:
@@ -106,15 +110,17 @@ class Activations:
 
 
 def allocate(path: Path, size: int) -> None:
-    """Makes a file of `size` bytes that the disk really has; raises OSError where it has no room."""
-    if path.exists() and path.stat().st_size == size:
+    """Makes a file of `size` bytes that the disk really has; raises OSError where it has no room.
+
+    A file grows and never shrinks: another process may have it mapped.
+    """
+    if path.exists() and path.stat().st_size >= size:
         return
     if shutil.disk_usage(path.parent).free < SPARE * size:
         raise OSError("no room")
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.ftruncate(handle, 0)  # of another size: nothing in it is of this table
-        os.posix_fallocate(handle, 0, size)
+        reserve(handle, size)
     finally:
         os.close(handle)
 

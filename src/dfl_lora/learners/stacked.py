@@ -160,10 +160,11 @@ class StackedLearner:
             columns = [{name: b.padded()[name].flatten(0, 1) for name in b.inputs} for b in batches]
             inputs = packing.inputs(columns, batches[0].pads)
         self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
-        self.current.below = self.kept.get(batches, packing) if self.kept else None
+        kept = self.kept if self.packed else None
+        self.current.below = kept.get(batches, packing) if kept else None
         logits = read(self.model, inputs, self.current)[packing.row_index]
-        if self.kept and self.current.below is None and self.current.made is not None:
-            self.kept.put(batches, packing, self.current.made)
+        if kept and self.current.below is None and self.current.made is not None:
+            kept.put(batches, packing, self.current.made)
         self.current.below = self.current.made = None
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits, torch.cat([b.labels for b in batches]).to(self.device), reduction="none")

@@ -50,7 +50,7 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class PeerData:
-    """The rows of the hosted peers, by id; validation may be the same rows for all. -1 is the consensus."""
+    """The rows of the hosted peers, by id; validation may be the same rows for all."""
 
     train: Mapping[int, Shard]
     validation: Mapping[int, Shard]

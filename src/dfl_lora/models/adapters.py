@@ -56,7 +56,7 @@ class Export:
         """Returns an adapter under PEFT's names, LoRA folded into the modules that travel whole."""
         result, scaling = dict(self.fixed), self.placement.lora.scaling
         for path in self.placement.modules:
-            a, b = adapter[f"{path}.A"], adapter[f"{path}.B"]
+            a, b = adapter[f"{path}.A"].cpu(), adapter[f"{path}.B"].cpu()
             if f"{path}.weight" in self.fixed:
                 result[f"{path}.weight"] = self.fixed[f"{path}.weight"] + scaling * b @ a
             else:

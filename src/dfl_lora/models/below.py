@@ -4,6 +4,7 @@ With `lora.layers_to_transform` the lower layers are the base's own at every pee
 behind `Below`, which stands in the place of the embeddings: what it returns can be kept and given back (`Pass.below`).
 """
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -43,6 +44,17 @@ class Below(nn.Module):
                 hidden = layer(hidden, None, current=self.current)
         self.current.made = hidden[0]
         return hidden
+
+
+def digest_below(model: nn.Module, prefix: str, num_layers: int) -> str:
+    """Returns the sha256 of every number that what lies below `num_layers` layers is made with."""
+    path, seen = f"{prefix}.{LAYERS[prefix][0]}", hashlib.sha256()
+    below = (f"{prefix}.embeddings.", *(f"{path}.{number}." for number in range(num_layers)))
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name.startswith(below):
+            seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            seen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return seen.hexdigest()
 
 
 def install_below(model: nn.Module, prefix: str, num_layers: int, current: Pass) -> None:

@@ -140,7 +140,7 @@ class LoraLinear(torch.autograd.Function):
         spans: Sequence[slice], scaling: float,
     ) -> Tensor:  # fmt: skip
         """apart: x after dropout, or None; a [k or 1, r, d_in], b [k or 1, d_out, r]; spans: the rows of each peer."""
-        y, read = F.linear(x, weight, bias), x if apart is None else apart
+        y, read = dense(x, weight, bias), x if apart is None else apart
         own_a = for_each(spans, [factor.to(x.dtype, copy=True) for factor in a])  # [r, d_in]
         own_b = for_each(spans, [factor.T.to(x.dtype, copy=True).contiguous() for factor in b])  # B' [r, d_out]
         h = x.new_empty(len(x), a.shape[1])

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +108,9 @@ def apart(federation: Federation) -> Peers:
 def padded(recipe: Recipe, setting: Setting, dtype: str) -> Own:
     """Pads batches to rectangles where the learner packs them."""
     federation = computing(recipe, dtype=dtype)
-    if "packed" not in vars(federation.learner):
-        raise NotImplementedError("this engine packs nothing")
-    cast(Packing, federation.learner).packed = False
+    assert isinstance(federation.learner, StackedLearner)
+    federation.learner.packed = False
     return Own(federation)
-
-
-class Packing(Protocol):
-    """A learner that can leave padding out."""
-
-    packed: bool
 
 
 def reference(recipe: Recipe) -> Own:

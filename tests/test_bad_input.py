@@ -348,7 +348,9 @@ DATA = {
         "'trian'", "Did you mean 'train'?",
     ),
     "more peers than rows": case(lambda g: g.text("peers.num_peers=50"), "40 rows", "50 peers", "fewer peers"),
-    "more peers than rows of the toy": case(lambda g: g.toy("peers.num_peers=1001"), "1000 rows", "1001 peers"),
+    "more rows a peer than the toy has": case(
+        lambda g: g.toy("peers.num_peers=600", "data.partition=iid(min_size=2)"), "1000 rows", "at least 2"
+    ),
     "a min_size above an equal share": case(
         lambda g: g.text("data.partition=iid(min_size=20)"), "40 rows", "at least 20", "smaller min_size"
     ),

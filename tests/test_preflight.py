@@ -180,7 +180,10 @@ GRAPHS: dict[str, Case] = {
 RECIPES: dict[str, Case] = {
     "the toy's task with a real model": (lambda p: p.text("task.kind=toy"), ("toy", "builtin/toy")),
     "what has no effect on the toy": (lambda p: p.toy("task.max_length=64"), ("task.max_length has no effect",)),
-    "more peers than rows of the toy": (lambda p: p.toy("peers.num_peers=1001"), ("1000 rows", "1001 peers")),
+    "more rows a peer than the toy has": (
+        lambda p: p.toy("peers.num_peers=600", "data.partition=iid(min_size=2)"),
+        ("1000 rows", "at least 2"),
+    ),
     "text beside a known task": (
         lambda p: p.text("task.name=sst2", "task.text=sentence"),
         ("task.text has no effect",),

@@ -96,6 +96,12 @@ def test_toy_peers_in_any_number_are_measured() -> None:
     assert (peak_memory() or told["resident_bytes"]) >= told["resident_bytes"] > 0
 
 
+def test_mixing_is_measured_against_copying_the_same_numbers() -> None:
+    told = ask({"what": "mixing", "num_peers": 9, "num_numbers": 4096}, 100)
+    assert told["ran"] and (told["num_peers"], told["num_numbers"]) == (9, 4096)
+    assert told["share"] == told["copy_s"] / told["mix_s"] > 0
+
+
 def test_a_process_that_fails_is_told_and_not_raised() -> None:
     told = ask({"what": "scale", "base": "toy", "num_peers": 0, "material": {}}, 100)
     assert told["ran"] is False and "ended with 1" in told["reason"]

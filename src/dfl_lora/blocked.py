@@ -5,11 +5,13 @@ of `combine.mean`, and each row takes them in the order of its neighbours' ids, 
 
 Rows have their turn in the order of ids. Until then a row is as it was, so at its turn its flows to higher rows are
 computed, the kept flows from lower rows are subtracted, and its own are added. What is kept between turns are the flows
-that cross from rows that are done to rows that are not: three on a ring. Columns go in blocks, narrow enough for a few
-rows of a block to stay in the cache, and each thread takes blocks: a block's bits depend on nothing else.
+that cross from rows that are done to rows that are not: three on a ring. Rows that follow each other and whose
+neighbours lie the same steps away, as on a ring, share a turn: few operations on many rows. Columns go in blocks,
+narrow enough for what a turn touches to stay in the cache, and each thread takes blocks: a block's bits depend on
+nothing else.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,15 +26,28 @@ from torch import Tensor
 from dfl_lora.graphs import Graph
 from dfl_lora.mixing import Mixing
 
-WIDTH = 73_728
-"""Columns of a block at most: the fastest of 12,288 to 73,728, measured on cores with 512 KiB of cache each."""
+NUMBERS = 294_912
+"""Numbers that one operation works on: of 36,864 to 294,912, with 2 to 32 rows, the fastest on cores with 512 KiB of cache each."""
+TOGETHER = 16
+"""Rows that share a turn, at most."""
 NARROW = 1_024
 """Blocks of fewer columns cost more than going peer by peer, unless there are no more columns."""
 KEPT = 256 * 2**20
 """Bytes that all threads may keep of flows."""
 
-Turn = tuple[int, tuple[int, ...], tuple[tuple[int, float, int], ...]]
-"""A row, the places of the flows to subtract, and (row, weight, place) of those to compute and add."""
+Given = tuple[slice, slice]
+"""Rows, and the places of the flows that they subtract."""
+Begun = tuple[slice, float, slice]
+"""The higher rows at the other ends, the weight, and the places of the flows to compute and add."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the rows of one turn do; in `ended` each row finds its lower neighbours in the order of their ids."""
+
+    rows: slice
+    ended: tuple[Given, ...]
+    begun: tuple[Begun, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,9 @@ class Sweep:
     def blocks(self, spans: Iterable[slice], itemsize: int) -> list[slice] | None:
         """Returns the blocks of columns; None where so many flows are kept that blocks would be too narrow."""
         threads, blocks = torch.get_num_threads(), list[slice]()
-        most = min(WIDTH, KEPT // (itemsize * max(self.num_kept, 1) * threads))
+        num_rows = sum(turn.rows.stop - turn.rows.start for turn in self.turns)
+        width = max(NARROW, NUMBERS * len(self.turns) // max(num_rows, 1))
+        most = min(width, KEPT // (itemsize * max(self.num_kept, 1) * threads))
         for span in spans:
             size = span.stop - span.start
             if most < min(size, NARROW):
@@ -65,26 +82,69 @@ def sweep_of(graph: Graph, mixing: Mixing, absent: frozenset[int]) -> Sweep | No
     weights = weights_of(graph, mixing)
     if weights is None:
         return None
-    upper = dict[int, list[tuple[int, float, int]]]()
-    lower = dict[int, list[int]]()
-    free, num_kept, turns = list[int](), 0, list[Turn]()
+    upper, lower = dict[int, list[tuple[int, float]]](), dict[int, list[int]]()
     for lo, hi in sorted(graph.edges):
         if lo not in absent and hi not in absent:
-            upper.setdefault(lo, []).append((hi, weights[lo, hi], -1))
-            lower.setdefault(hi, [])
+            upper.setdefault(lo, []).append((hi, weights[lo, hi]))
+            lower.setdefault(hi, []).append(lo)
+    places, turns = Places(), list[Turn]()
+    for rows in together(upper, lower):
+        first, last = rows[0], rows[-1]
+        begun = [(slice(hi, hi + len(rows)), w, places.take(first, last, hi - first)) for hi, w in upper.get(first, ())]
+        ended = [given for lo in lower.get(first, ()) for given in places.give(first, last, first - lo)]
+        turns.append(Turn(slice(first, last + 1), tuple(ended), tuple(begun)))
+    return Sweep(tuple(turns), places.size, 2 * sum(len(others) for others in upper.values()))
+
+
+def together(upper: Mapping[int, list[tuple[int, float]]], lower: Mapping[int, list[int]]) -> Iterator[list[int]]:
+    """Yields the rows of each turn: consecutive ones with the same steps to their neighbours and the same weights."""
+    rows, before = list[int](), None
     for row in sorted({*upper, *lower}):
-        begun = []
-        for hi, weight, _ in upper.pop(row, ()):
-            if not free:
-                free.append(num_kept)
-                num_kept += 1
-            place = free.pop()
-            begun.append((hi, weight, place))
-            lower[hi].append(place)
-        ended = lower.pop(row, [])
-        free += ended
-        turns.append((row, tuple(ended), tuple(begun)))
-    return Sweep(tuple(turns), num_kept, 2 * sum(len(begun) for _, _, begun in turns))
+        steps = [(hi - row, w) for hi, w in upper.get(row, ())], [row - lo for lo in lower.get(row, ())]
+        if rows and (row != rows[-1] + 1 or len(rows) == TOGETHER or steps != before):
+            yield rows
+            rows = []
+        rows.append(row)
+        before = steps
+    if rows:
+        yield rows
+
+
+class Places:
+    """Where flows are kept: those that one turn computes over one step lie side by side, until all are subtracted."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.free = dict[int, list[int]]()  # by size
+        self.kept = dict[tuple[int, int], tuple[list[int], int]]()  # (row, step) -> [start, size, left], position
+
+    def take(self, first: int, last: int, step: int) -> slice:
+        """Returns the places of the flows from rows first to last to those `step` above."""
+        size = last - first + 1
+        free = self.free.setdefault(size, [])
+        if not free:
+            free.append(self.size)
+            self.size += size
+        group = [free.pop(), size, size]
+        self.kept |= {(first + i, step): (group, i) for i in range(size)}
+        return slice(group[0], group[0] + size)
+
+    def give(self, first: int, last: int, step: int) -> Iterator[Given]:
+        """Yields the rows, and the places, of the flows to rows first to last from those `step` below, and frees them.
+
+        What is freed is taken no earlier than the next turn.
+        """
+        row = first
+        while row <= last:
+            group, position = self.kept.pop((row - step, step))
+            number = min(last - row + 1, group[1] - position)
+            for i in range(1, number):
+                del self.kept[row + i - step, step]
+            group[2] -= number
+            if not group[2]:
+                self.free[group[1]].append(group[0])
+            yield slice(row, row + number), slice(group[0] + position, group[0] + position + number)
+            row += number
 
 
 @lru_cache(maxsize=4)
@@ -107,7 +167,7 @@ def finite(x: Tensor, spans: Iterable[slice], absent: frozenset[int]) -> bool:
 def apply(sweep: Sweep, x: Tensor, blocks: Sequence[slice]) -> None:
     """Mixes the columns of x [N, P] in place, the blocks shared out to as many threads as torch uses."""
     matrix: NDArray[Any] = x.numpy()
-    weights = {weight: np.array(weight, matrix.dtype) for _, _, begun in sweep.turns for _, weight, _ in begun}
+    weights = {weight: np.array(weight, matrix.dtype) for turn in sweep.turns for _, weight, _ in turn.begun}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for _ in threads.map(lambda block: mix_block(sweep, matrix[:, block], weights), blocks):
             pass
@@ -119,15 +179,16 @@ def mix_block(sweep: Sweep, x: NDArray[Any], weights: Mapping[float, NDArray[Any
     Threads wait for each other between operations, so these are few and short to call: weights are arrays already, and
     results go to the last argument.
     """
-    rows, kept = list(x), list(np.empty((sweep.num_kept, x.shape[1]), dtype=x.dtype))
+    kept = np.empty((sweep.num_kept, x.shape[1]), dtype=x.dtype)
     add, subtract, multiply = np.add, np.subtract, np.multiply
-    for row, ended, begun in sweep.turns:
-        own = rows[row]
-        for other, weight, place in begun:
-            flow = kept[place]
-            subtract(rows[other], own, flow)
+    for turn in sweep.turns:
+        own = x[turn.rows]
+        for others, weight, places in turn.begun:
+            flow = kept[places]
+            subtract(x[others], own, flow)
             multiply(flow, weights[weight], flow)
-        for place in ended:
-            subtract(own, kept[place], own)
-        for _, _, place in begun:
-            add(own, kept[place], own)
+        for rows, places in turn.ended:
+            lower = x[rows]
+            subtract(lower, kept[places], lower)
+        for _, _, places in turn.begun:
+            add(own, kept[places], own)

@@ -92,6 +92,10 @@ def main() -> None:
     what = job.pop("what")
     if what == "arm":
         result = memory_of_arm(**job)
+    elif what == "mixing":
+        from dfl_lora.bench.bandwidth import mixing
+
+        result = mixing(**job)
     else:
         from dfl_lora.bench.scale import measured
 

@@ -20,7 +20,7 @@ def page(result: Result, figure: str | None) -> str:
     if result["memory"]:
         parts += ["## Memory and start-up", *memory_table(result["memory"])]
     if result["scale"]:
-        parts += ["## Scale", *scale_tables(result["scale"])]
+        parts += ["## Scale", *scale_tables(result["scale"]), *mixing_line(result["mixing"])]
     if result["grid"]:
         parts += ["## The grid", *grid_table(result["grid"])]
     return "\n\n".join(parts) + "\n"
@@ -168,6 +168,16 @@ def scale_row(run: Result, last: Result | None) -> Sequence[str]:
         f"{run['resident_bytes'] / MEGA:.0f}", "" if more is None else f"{more / MEGA:.4f}",
         f"{run['state_bytes_per_peer'] / MEGA:.4f}", "",
     )  # fmt: skip
+
+
+def mixing_line(job: Result) -> Iterator[str]:
+    if job.get("ran"):
+        moved = 8e-9 * job["num_peers"] * job["num_numbers"]
+        yield (
+            f"Mixing {job['num_peers']:,} peers x {job['num_numbers']:,} numbers on a ring takes "
+            f"{1000 * job['mix_s']:.0f} ms and copying them {1000 * job['copy_s']:.0f} ms: {moved / job['mix_s']:.1f} "
+            f"and {moved / job['copy_s']:.1f} GB/s where each number is read and written once."
+        )
 
 
 def grid_table(cells: Sequence[Result]) -> Iterator[str]:

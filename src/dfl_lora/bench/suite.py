@@ -49,7 +49,7 @@ FULL = Scope(
     name="bench",
     minutes=43,
     batches={16: 4, 128: 1},
-    weights={"16": 3.0, "128": 4.5, "flower 16": 2.0, "flower 128": 3.0, "memory": 4.5, "scale": 5.0, "grid": 9.0},
+    weights={"16": 3.0, "128": 4.5, "flower 16": 2.0, "flower 128": 3.0, "memory": 4.5, "mixing": 0.3, "scale": 5.0, "grid": 9.0},
     repeats=5,
     ablations=True,
     flower=("tuned", "template"),
@@ -63,7 +63,7 @@ QUICK = Scope(
     name="bench-quick",
     minutes=4.5,
     batches={16: 2},
-    weights={"16": 1.2, "flower 16": 0.6, "memory": 0.01, "scale": 0.5, "grid": 0.5},
+    weights={"16": 1.2, "flower 16": 0.6, "memory": 0.01, "mixing": 0.1, "scale": 0.5, "grid": 0.5},
     repeats=2,
     ablations=False,
     flower=("tuned",),
@@ -107,7 +107,7 @@ def plan_of(scope: Scope, minutes: float | None) -> Plan:
             weights[f"{method} {batch}"] = scope.weights[str(batch)]
             share = scope.weights[f"flower {batch}"] / len(scope.flower)
             weights |= {f"{method} {batch} flower {mode}": share for mode in scope.flower}
-    weights |= {"memory": scope.weights["memory"], "scale": scope.weights["scale"], "grid": scope.weights["grid"]}
+    weights |= {name: scope.weights[name] for name in ("memory", "mixing", "scale", "grid")}
     return Plan(60 * (minutes or scope.minutes), weights)
 
 
@@ -120,6 +120,7 @@ def bench(material: Material, scope: Scope, minutes: float | None, say: Say) -> 
         say("memory and start-up")
         result["memory"] = memory(material, plan.share_s("memory"), say)
     say("scale")
+    result["mixing"] = ask({"what": "mixing"}, plan.share_s("mixing"))
     result["scale"] = scale(material, scope.toy_peers, scope.minilm_peers, plan.share_s("scale"), say)
     result["grid"] = grid(scope, material, plan, result["headline"], say)
     result |= {"seconds": perf_counter() - begun, "planned_seconds": plan.total_s}
@@ -130,6 +131,7 @@ def bench_scale(material: Material, scope: Scope, minutes: float | None, say: Sa
     """Returns the scale test alone."""
     begun, result = perf_counter(), empty(material, scope)
     planned = 60 * (minutes or ALONE[scope is QUICK])
+    result["mixing"] = ask({"what": "mixing"}, planned)
     result["scale"] = scale(material, scope.toy_peers, scope.minilm_peers, planned, say)
     result |= {"seconds": perf_counter() - begun, "planned_seconds": planned}
     return result | {"targets": targets(result)}
@@ -138,7 +140,7 @@ def bench_scale(material: Material, scope: Scope, minutes: float | None, say: Sa
 def empty(material: Material, scope: Scope) -> Result:
     """Returns a result before anything is measured."""
     known = {"scope": scope.name, **facts(), "rows": material.rows, "model": material.model, "repeats": scope.repeats}
-    return {**known, "headline": [], "memory": {}, "scale": {}, "grid": []}
+    return {**known, "headline": [], "memory": {}, "mixing": {}, "scale": {}, "grid": []}
 
 
 def headline(method: MethodName, batch: int, scope: Scope, material: Material, plan: Plan, say: Say) -> Result:

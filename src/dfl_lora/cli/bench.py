@@ -63,7 +63,7 @@ def numbers_in(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError):
         result = None
-    if not isinstance(result, dict) or not {"machine", "headline", "scale", "targets"} <= result.keys():
+    if not isinstance(result, dict) or not {"machine", "headline", "mixing", "scale", "targets"} <= result.keys():
         raise UserError(f"{path} is not a result of dfl-lora bench; write one with --out.")
     return result
 

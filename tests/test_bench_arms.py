@@ -7,8 +7,8 @@ import pytest
 
 from benched import tiny_cell, tiny_material
 from dfl_lora.bench.arms import Adapter, Arm, Kind
-from dfl_lora.bench.arms.copies import seed_plus
 from dfl_lora.bench.arms.mixed import Mixed
+from dfl_lora.bench.arms.one_by_one import seed_plus
 from dfl_lora.bench.arms.own import ours, reference
 from dfl_lora.bench.cells import Material, MethodName
 from dfl_lora.bench.gate import same_course, same_end

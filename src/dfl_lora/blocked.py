@@ -27,7 +27,7 @@ from dfl_lora.graphs import Graph
 from dfl_lora.mixing import Mixing
 
 NUMBERS = 294_912
-"""Numbers that one operation works on: of 36,864 to 294,912, with 2 to 32 rows, the fastest on cores with 512 KiB of cache each."""
+"""Numbers that one operation works on: the fastest of 36,864 to 294,912, with 512 KiB of cache a core."""
 TOGETHER = 16
 """Rows that share a turn, at most."""
 NARROW = 1_024

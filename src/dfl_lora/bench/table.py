@@ -3,13 +3,12 @@
 import torch
 
 from dfl_lora.bench.arms import Kind
-from dfl_lora.bench.arms.copies import seed, seed_plus
 from dfl_lora.bench.arms.mixed import Mixed
+from dfl_lora.bench.arms.one_by_one import seed, seed_plus, switch
 from dfl_lora.bench.arms.own import one_peer_a_pass, other_attention, ours, own_a, padded
-from dfl_lora.bench.arms.switch import Switch
 
 SEED, SEED_PLUS = Kind("seed", seed, copies=True), Kind("seed+", seed_plus, copies=True)
-SWITCH, MIXED = Kind("peft-switch", Switch), Kind("peft-mixed", Mixed)
+SWITCH, MIXED = Kind("peft-switch", switch), Kind("peft-mixed", Mixed)
 OURS = Kind("ours", ours)
 ABLATIONS = (
     Kind("ours, one peer a pass", one_peer_a_pass),

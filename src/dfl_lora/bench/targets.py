@@ -33,7 +33,13 @@ class Target:
 
 def targets(result: Result) -> list[dict[str, Any]]:
     """Returns every target as data."""
-    rows = [*ratios(result["headline"]), *memory(result), mixing(result["mixing"]), *scale(result["scale"]), mfu(result["headline"])]
+    rows = [
+        *ratios(result["headline"]),
+        *memory(result),
+        mixing(result["mixing"]),
+        *scale(result["scale"]),
+        mfu(result["headline"]),
+    ]
     return [row.as_json() for row in rows]
 
 

@@ -193,7 +193,7 @@ def tokens_of(setting: Setting) -> int:
 
 def work_of(setting: Setting, cell: Cell, rounds: int) -> list[Work]:
     """Returns the useful work of each round."""
-    evaluated = [shard.source.lengths[shard.rows] for i, shard in setting.data.validation.items() if i >= 0]
+    evaluated = [shard.source.lengths[shard.rows] for shard in setting.data.validation.values()]
     evaluation = sum(map(setting.shape.evaluation_flops, evaluated))
     works = []
     for t in range(rounds):

@@ -12,6 +12,7 @@ from dfl_lora.bench.reading import Rectangle
 from dfl_lora.bench.setting import Setting
 from dfl_lora.models.base import load_encoder
 
+Parameters = Mapping[str, nn.Parameter]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,7 +69,7 @@ def path_of(name: str, adapter: str) -> str:
     return f"base_model.model.{module}.modules_to_save.{adapter}.{part}"
 
 
-def start_at(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], trained: frozenset[str]) -> None:
+def start_at(parameters: Parameters, values: Mapping[str, Tensor], trained: frozenset[str]) -> None:
     """Sets an adapter to a peer's numbers, and trains of it what a round trains."""
     for name, parameter in parameters.items():
         parameter.data.copy_(values[name])
@@ -84,9 +85,7 @@ def loss_of(model: nn.Module, batch: Rectangle) -> Tensor:
     return F.cross_entropy(logits_of(model, batch), batch.labels)
 
 
-def moments(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], trained: frozenset[str]
-) -> dict[str, Tensor]:
+def moments(optimizer: torch.optim.Optimizer, parameters: Parameters, trained: frozenset[str]) -> dict[str, Tensor]:
     """Returns Adam's first moments by the layout's names."""
     return {n: optimizer.state[p]["exp_avg"] for n, p in parameters.items() if n in trained}
 

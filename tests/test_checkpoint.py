@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dfl_lora import machine
+from dfl_lora import checkpoint, machine
 from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import PIECE, load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
+from dfl_lora.files import write_atomically
 from dfl_lora.latest import LATEST, read_latest, seal_of
 from dfl_lora.peers import Peers
 from dfl_lora.reading import resolve
@@ -123,6 +124,26 @@ def test_what_a_killed_process_left_is_gone_after_the_next_load(folder: Path, fe
     (folder / ".latest.json.x.partial").write_text("{")
     assert load_checkpoint(folder, federation.peers, federation.digest) is not None
     assert sorted(f.name for f in folder.iterdir()) == [LATEST, STATE]
+
+
+def test_a_round_saved_again_replaces_its_state_only_once_the_new_one_is_in_force(
+    folder: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, content: object) -> None:
+        if path.name == LATEST:
+            raise KeyboardInterrupt
+        write_atomically(path, content)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as moment:
+        moment.setattr(checkpoint, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, federation.peers, 2, federation.digest, {"settled": True})
+    found = load_checkpoint(folder, federation.peers, federation.digest)
+    assert found is not None and found.kept == {"start": None}
+    save_checkpoint(folder, federation.peers, 2, federation.digest, {"settled": True})
+    found = load_checkpoint(folder, federation.peers, federation.digest)
+    assert found is not None and found.kept == {"settled": True}
+    assert sorted(f.name for f in folder.iterdir()) == [LATEST, "state-000002-settled.safetensors"]
 
 
 def test_a_state_elsewhere_is_never_read(folder: Path) -> None:

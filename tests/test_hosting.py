@@ -81,7 +81,7 @@ def test_two_processes_end_with_the_bits_of_the_simulation(tmp_path: Path) -> No
     whole = load_file(tmp_path / "run" / "checkpoint" / "state-000002.safetensors")
     for node, ids in zip(nodes, ([0, 2], [1]), strict=True):
         run = node.parent / "run"
-        own = load_file(run / "checkpoint" / "state-000002.safetensors")
+        own = load_file(run / "checkpoint" / "state-000002-settled.safetensors")
         assert all(equal_bits(own[name], whole[name][ids]) for name in whole)
         assert [line["loss_per_peer"] for line in lines_of(run)] == [
             [line["loss_per_peer"][i] for i in ids] for line in lines_of(tmp_path / "run")
@@ -193,13 +193,13 @@ def test_a_finished_run_is_resumed_without_any_neighbour_or_port(
 ) -> None:
     recipe, node = alone(tmp_path)
     assert call("peer", recipe, "--node", node) == 0
-    state = (node.parent / "run" / "checkpoint" / "state-000002.safetensors").read_bytes()
+    state = (node.parent / "run" / "checkpoint" / "state-000002-settled.safetensors").read_bytes()
     assert call("peer", recipe, "--node", node) == 2
     assert "There is a run in" in capfd.readouterr().err
     with listen_at(read_roster(node.parent / "roster.json").members[0].addresses[0]):
         assert call("peer", recipe, "--node", node, "--resume", "--json") == 0
     assert json.loads(capfd.readouterr().out)["rounds"] == 2
-    assert (node.parent / "run" / "checkpoint" / "state-000002.safetensors").read_bytes() == state
+    assert (node.parent / "run" / "checkpoint" / "state-000002-settled.safetensors").read_bytes() == state
     assert "assembling" not in (node.parent / "run" / "events.jsonl").read_text()
 
 

@@ -47,7 +47,7 @@ def runs(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_federation_of_processes_is_the_simulation(runs: Path) -> None:
     whole = load_file(runs / "run" / "checkpoint" / "state-000002.safetensors")
     for peer in range(3):
-        own = load_file(runs / "up" / f"peer-{peer:03d}" / "checkpoint" / "state-000002.safetensors")
+        own = load_file(runs / "up" / f"peer-{peer:03d}" / "checkpoint" / "state-000002-settled.safetensors")
         assert all(equal_bits(own[name][0], whole[name][peer]) for name in whole)
     summary, simulated = (json.loads((runs / run / "summary.json").read_text()) for run in ("up", "run"))
     assert {k: v for k, v in summary.items() if k not in CLOCKED} == {

@@ -37,6 +37,8 @@ def save_checkpoint(folder: Path, peers: Peers, round: int, digest: str, kept: M
     """Writes the state of all hosted peers after a round; older states are removed once it is in force."""
     folder.mkdir(parents=True, exist_ok=True)
     name, seen = f"state-{round:06d}.safetensors", hashlib.sha256()
+    if (folder / name).exists():  # in force: a peer saves its last round again when it has settled with the others
+        name = f"state-{round:06d}-settled.safetensors"
 
     def hashed() -> Iterator[bytes | memoryview]:
         for piece in pieces(peers.arrays()):

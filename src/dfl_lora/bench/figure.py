@@ -42,7 +42,7 @@ def rounds(axes: Axes, cell: Result) -> None:
     axes.set_xlabel("seconds a round", fontsize=8)
     axes.tick_params(labelsize=7)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
 
 
 def peers(axes: Axes, scale: Result) -> None:
@@ -59,4 +59,4 @@ def peers(axes: Axes, scale: Result) -> None:
     axes.set_ylabel("ms a peer and round", fontsize=8)
     axes.tick_params(labelsize=7)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)

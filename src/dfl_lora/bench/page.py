@@ -74,6 +74,21 @@ def cell_notes(cell: Result) -> Iterator[str]:
         f"{cell['real_tokens']:,} real tokens and {cell['useful_flops'] / 1e9:.1f} GF of useful training a round; "
         f"{cell['evaluated_rows']} rows evaluated a peer. GEMM between the arms, {rates}."
     )
+    yield from limit(cell["arms"])
+
+
+def limit(arms: Result) -> Iterator[str]:
+    """Yields how fast a round can be at all in a precision, against the seed: what the arithmetic leaves to gain."""
+    seed = arms.get("seed, fp32")
+    for short in ("fp32", "bf16"):
+        own = arms.get(f"ours, {short}")
+        if seed is not None and own is not None and fault(seed) is None and fault(own) is None:
+            least, took, theirs = own["mfu_round"] * own["round_s"]["median"], own["round_s"], seed["round_s"]
+            yield (
+                f"In {short} the useful arithmetic of a round (training, and one evaluation of each adapter) takes "
+                f"{least:.2f} s at the GEMM peak, so nothing could be more than {theirs['median'] / least:.1f}x faster "
+                f"than the seed; ours takes {took['median']:.2f} s."
+            )
 
 
 def cell_table(cell: Result) -> Iterator[str]:

@@ -5,7 +5,7 @@ of `combine.mean`, and each row takes them in the order of its neighbours' ids, 
 
 Rows have their turn in the order of ids. Until then a row is as it was, so at its turn its flows to higher rows are
 computed, the kept flows from lower rows are subtracted, and its own are added. What is kept between turns are the flows
-that cross from rows that are done to rows that are not: three on a ring. Rows that follow each other and whose
+that cross from rows that are done to rows that are not. Rows that follow each other and whose
 neighbours lie the same steps away, as on a ring, share a turn: few operations on many rows. Columns go in blocks,
 narrow enough for what a turn touches to stay in the cache, and each thread takes blocks: a block's bits depend on
 nothing else.
@@ -32,8 +32,8 @@ TOGETHER = 16
 """Rows that share a turn, at most."""
 NARROW = 1_024
 """Blocks of fewer columns cost more than going peer by peer, unless there are no more columns."""
-KEPT = 256 * 2**20
-"""Bytes that all threads may keep of flows."""
+KEPT = 128 * 2**20
+"""Bytes that each thread may keep of flows: whether a graph is mixed at once depends on no number of threads."""
 
 Given = tuple[slice, slice]
 """Rows, and the places of the flows that they subtract."""
@@ -63,7 +63,7 @@ class Sweep:
         threads, blocks = torch.get_num_threads(), list[slice]()
         num_rows = sum(turn.rows.stop - turn.rows.start for turn in self.turns)
         width = max(NARROW, NUMBERS * len(self.turns) // max(num_rows, 1))
-        most = min(width, KEPT // (itemsize * max(self.num_kept, 1) * threads))
+        most = min(width, KEPT // (itemsize * max(self.num_kept, 1)))
         for span in spans:
             size = span.stop - span.start
             if most < min(size, NARROW):
@@ -181,14 +181,15 @@ def mix_block(sweep: Sweep, x: NDArray[Any], weights: Mapping[float, NDArray[Any
     """
     kept = np.empty((sweep.num_kept, x.shape[1]), dtype=x.dtype)
     add, subtract, multiply = np.add, np.subtract, np.multiply
-    for turn in sweep.turns:
-        own = x[turn.rows]
-        for others, weight, places in turn.begun:
-            flow = kept[places]
-            subtract(x[others], own, flow)
-            multiply(flow, weights[weight], flow)
-        for rows, places in turn.ended:
-            lower = x[rows]
-            subtract(lower, kept[places], lower)
-        for _, _, places in turn.begun:
-            add(own, kept[places], own)
+    with np.errstate(all="ignore"):  # rows far apart: a flow may overflow, as it does peer by peer
+        for turn in sweep.turns:
+            own = x[turn.rows]
+            for others, weight, places in turn.begun:
+                flow = kept[places]
+                subtract(x[others], own, flow)
+                multiply(flow, weights[weight], flow)
+            for rows, places in turn.ended:
+                lower = x[rows]
+                subtract(lower, kept[places], lower)
+            for _, _, places in turn.begun:
+                add(own, kept[places], own)

@@ -125,6 +125,26 @@ def test_a_row_that_is_not_finite_is_refused_and_counted_as_ever(bad: float, abs
     assert torch.isfinite(peers.x[[0, 1, 3, 4, 5, 6]]).all()
 
 
+def test_flows_that_overflow_are_as_peer_by_peer() -> None:
+    peers = drawn(7, 0, torch.float32)
+    peers.x[2], peers.x[3], peers.x[5] = 3e38, -3e38, -3e38
+    assert mix_at_once(drawn(7, 0, torch.float32), SHARED["lora"](1), GRAPHS["ring"](7), method_of(GRAPHS["ring"](7)))
+    both(peers, method_of(GRAPHS["ring"](7)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize(("graph", "at_once"), [("random_regular", True), ("complete", False)])
+def test_whether_peers_mix_at_once_depends_on_no_number_of_threads(graph: str, at_once: bool, threads: int) -> None:
+    sweep = blocked.sweep_of(GRAPHS[graph](400), MIXINGS["metropolis"], frozenset())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        blocks = sweep.blocks([slice(0, 73_728)], 4) if sweep else None
+    finally:
+        torch.set_num_threads(before)
+    assert (blocks is not None) == at_once
+
+
 def test_a_sum_that_overflows_is_no_row_that_is_not_finite() -> None:
     peers = drawn(7, 0, torch.float32)
     peers.x[2] = 3e38

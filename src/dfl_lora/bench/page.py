@@ -30,8 +30,12 @@ def head(result: Result) -> Iterator[str]:
     machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     yield "# Benchmarks"
     yield (
-        f"Written by `make {result['scope']}` from one run; its JSON holds every number. Ratios are of medians of "
-        "rounds timed in turn (ABAB) in one process; Flower is a process of its own, timed apart. All arms do the same "
+        f"Written by `make {result['scope']}` from one run; benchmarks.json beside it holds every number. Arms are "
+        "timed "
+        "in turn (ABAB) in one process, after an untimed round each, as often as the plan has time for (n), and ratios "
+        "are of the medians; with n = 1 a ratio carries what the machine's speed did between two rounds, so beside "
+        "each "
+        "stands the ratio at an equal speed of products, that of the MFUs. Flower is timed apart. All arms do the same "
         "rounds on the same batches from the same start, without dropout. A time counts only if the arm passed the "
         "gate: in fp32 A, B and head end within 1e-4 of plain PEFT, one peer at a time; in bf16 the first gradient is "
         "within 5e-2 (Flower does not tell its own), the loss within 2 %, the accuracy within a point."
@@ -83,11 +87,15 @@ def limit(arms: Result) -> Iterator[str]:
     for short in ("fp32", "bf16"):
         own = arms.get(f"ours, {short}")
         if seed is not None and own is not None and fault(seed) is None and fault(own) is None:
-            least, took, theirs = own["mfu_round"] * own["round_s"]["median"], own["round_s"], seed["round_s"]
+            nominal, took, theirs = own["mfu_round"] * own["round_s"]["median"], own["round_s"], seed["round_s"]
+            least = nominal * own["executed_over_useful"]
             yield (
-                f"In {short} the useful arithmetic of a round (training, and one evaluation of each adapter) takes "
-                f"{least:.2f} s at the GEMM peak, so nothing could be more than {theirs['median'] / least:.1f}x faster "
-                f"than the seed; ours takes {took['median']:.2f} s."
+                f"In {short} the arithmetic that ours executes in a round takes {least:.2f} s at the speed of products "
+                f"measured beside it, {theirs['median'] / least:.1f}x faster than the seed, which is what could be "
+                "had at "
+                f"most; it takes {took['median']:.2f} s. (The nominal work counts the last layer for all tokens, of "
+                "which "
+                f"ours computes the first alone, exactly: so HFU lies below MFU.)"
             )
 
 
@@ -101,6 +109,7 @@ def cell_table(cell: Result) -> Iterator[str]:
         "mix",
         "evaluate",
         "x ours",
+        "at equal speed",
         "tokens/s",
         "MFU",
         "HFU",
@@ -125,6 +134,7 @@ def arm_row(name: str, arm: Result, ours: Result) -> Sequence[str]:
         f"{took['median']:.2f} ({took['min']:.2f}-{took['max']:.2f}, {arm['repeats']})",
         *(f"{arm[key]['median']:.3g}" for key in ("train_s", "mix_s", "evaluate_s")),
         f"{took['median'] / ours['round_s']['median']:.2f}" if counts else "",
+        f"{ours['mfu_round'] / arm['mfu_round']:.2f}" if counts and arm.get("mfu_round") else "",
         *(maybe(arm.get(key), form) for key, form in
           (("tokens_per_s", ",.0f"), ("mfu", ".2f"), ("hfu", ".2f"), ("padding_efficiency", ".2f"))),
     )  # fmt: skip
@@ -155,8 +165,10 @@ def memory_table(memory: Result) -> Iterator[str]:
         return name, f"{job['startup_s']:.1f}", *("" if b is None else f"{b / MEGA:.0f}" for b in sizes), ""
 
     yield (
-        "Each in a process of its own, which does one round of one step. Start-up is from the process to its first "
-        "step; `before` is the process with the rows read and no model."
+        "Each in a process of its own, which does one round of one step of DFL-LoRA. Start-up is from the process "
+        "to its "
+        "first step; `before` is the process with the rows read and no model; `after` is what is resident once freed "
+        "memory was given back."
     )
     yield table(
         ("arm", "start-up s", "before MB", "after MB", "peak MB", "note"), [row(n, j) for n, j in memory.items()]
@@ -167,7 +179,13 @@ SCALE = ("ms a peer and round", "mixing", "resident MB", "MB a peer more", "adap
 
 
 def scale_tables(scale: Result) -> Iterator[str]:
-    yield "A process for each size; a round is training and mixing of two steps (toy: 16 rows each, MiniLM: 4)."
+    yield (
+        "A process for each size; a round is training and mixing of two steps of toys (16 rows each, LoRA) or of "
+        "MiniLM "
+        "peers (4 rows each, DFL-LoRA). Resident is what is left once freed memory was given back. The seed's "
+        "memory of "
+        "one peer more, above, is from 1 to 8 peers of 16 rows."
+    )
     for base, runs in scale.items():
         yield table((f"{base} peers", *SCALE), [scale_row(run, last) for last, run in pairwise([None, *runs])])
 
@@ -208,6 +226,11 @@ def grid_table(cells: Sequence[Result]) -> Iterator[str]:
             continue
         rows.append((*begin, *(grid_entry(cell["arms"], name) for name in arms), own_mfu(cell["arms"]), ""))
     yield table(("method", "peers", "tokens", *arms, "MFU of ours", "note"), rows)
+    missing = sorted({f"- {name}: {arm['reason']}" for cell in cells for name, arm in cell.get("arms", {}).items()
+                      if not arm["ran"]})  # fmt: skip
+    if missing:
+        yield "Not run in some cells:"
+        yield "\n".join(missing)
 
 
 def own_of(arms: Result) -> Result | None:

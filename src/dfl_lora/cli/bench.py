@@ -76,4 +76,5 @@ def write_page(result: dict[str, Any], docs: Path) -> None:
     picture = docs.parent / "figures" / f"{docs.stem}.png"
     picture.parent.mkdir(exist_ok=True)
     write_atomically(picture, figure(result))
+    write_atomically(docs.with_suffix(".json"), json.dumps(result).encode())
     write_atomically(docs, page(result, f"figures/{picture.name}").encode())

@@ -85,7 +85,7 @@ def other_attention(recipe: Recipe, setting: Setting, dtype: str) -> Own:
 
 
 def own_a(recipe: Recipe, setting: Setting, dtype: str) -> Own:
-    """Keeps A at every peer, where DFL-LoRA holds one common copy and one product for all."""
+    """Keeps A at every peer, where DFL-LoRA holds one common copy."""
     federation = computing(recipe, dtype=dtype)
     return Own(replace(federation, peers=apart(federation)))
 

@@ -2,7 +2,8 @@
 
 The seed holds a whole model for every peer, pads every batch to the longest of a thousand rows and evaluates every
 peer twice a round (here both after gossip, at the same cost); seed+ is the same fair loop, padded to the longest of
-the batch, evaluated once. The copies are made in memory, where the seed loads the base N times: start-up is told in their favour.
+the batch, evaluated once. The copies are made in memory, where the seed loads the base N times: start-up is told in
+their favour.
 peft-switch holds one base with a named adapter for every peer, and calls set_adapter before its steps.
 """
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Share GSM8K out to client folders by size; any flag of `dfl-lora split gsm8k` overrides a default.
+# Share GSM8K out to client folders: by size, or with --split_type length or topic; any flag of `dfl-lora split gsm8k`
+# overrides a default.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/seed.sh"
 need dataset_path DATASET_PATH "the folder or file of GSM8K" "$@"

@@ -1,6 +1,7 @@
 """Splits on disk: every partition by name, folders that appear together, and what is shown of them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from dfl_lora.data.shares import shares
-from dfl_lora.data.splits import View, chart, read_client, table
+from dfl_lora.data.splits import View, chart, joined_texts, label_columns, read_client, read_split, table
 from dfl_lora.errors import UserError
 from tiny import call, labelled
 
 ROWS = 90
+REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,15 @@ def split(kind: str, data: Path, to: Path, *words: object) -> list[list[int]]:
 
 
 BY_SIZE = ("iid", "dirichlet", "quantity(alpha=2)", "natural(column=domain)", "linear", "square", "exponential")
+BY_TEXT = ("length(groups=3)", "topic(groups=4)")
 
 
 @pytest.mark.parametrize(
     ("kind", "split_type"),
-    [("gsm8k", how) for how in BY_SIZE]
+    [("gsm8k", how) for how in (*BY_SIZE, *BY_TEXT)]
     + [
         ("glue", how)
-        for how in (*BY_SIZE, "shards(per_peer=1)", "pathological(labels_per_peer=1)", "dirichlet(alpha=3)")
+        for how in (*BY_SIZE, *BY_TEXT, "shards(per_peer=1)", "pathological(labels_per_peer=1)", "dirichlet(alpha=3)")
     ],
 )
 def test_every_partition_splits_by_name(kind: str, split_type: str, data: Path, tmp_path: Path) -> None:
@@ -65,6 +68,40 @@ def test_alpha_is_that_of_the_flag_unless_the_name_says_it(data: Path, tmp_path:
 def test_a_split_of_rows_without_labels_by_dirichlet_is_one_of_sizes(data: Path, tmp_path: Path) -> None:
     one = split("gsm8k", data, tmp_path / "one", "--split_type", "dirichlet", "--alpha", 1)
     assert one == split("gsm8k", data, tmp_path / "other", "--split_type", "quantity(alpha=1)")
+
+
+@pytest.mark.parametrize("split_type", BY_TEXT)
+def test_a_split_by_what_rows_hold_is_a_function_of_the_seed(split_type: str, data: Path, tmp_path: Path) -> None:
+    one, same, other = (
+        split("gsm8k", data, tmp_path / name, "--split_type", split_type, "--seed", seed)
+        for name, seed in (("one", 0), ("same", 0), ("other", 1))
+    )
+    assert one == same != other
+
+
+def test_texts_of_rows_are_question_and_answer_or_every_column_of_text_but_the_label() -> None:
+    questions = [{"id": "a1", "answer": "4", "question": "2 + 2?"}, {"id": "a2", "answer": None, "question": "?"}]
+    asked = Dataset.from_list(questions)
+    assert joined_texts(asked, None, "asked") == ["2 + 2?\n4", "?\n"]
+    told = Dataset.from_list([{"title": "Boats", "stars": 5, "text": "They sail.", "label": "sea"}])
+    assert joined_texts(told, None, "told") == ["Boats\nThey sail.\nsea"]
+    assert joined_texts(told, label_columns(None, "label"), "told") == ["Boats\nThey sail."]
+    with pytest.raises(UserError, match="'numbers' has no column of text to group rows by; its columns are stars"):
+        joined_texts(told.select_columns("stars"), None, "numbers")
+
+
+def test_length_counts_characters_and_a_small_alpha_keeps_long_texts_apart(data: Path, tmp_path: Path) -> None:
+    """Texts of 1 to 30 characters: clients of equal shares have like means, clients of few groups have not."""
+    rows = [{"question": "q" * (1 + i % 30), "answer": "", "idx": i} for i in range(ROWS)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+
+    def spread(alpha: float) -> float:
+        out = tmp_path / f"{alpha}"
+        split("gsm8k", tmp_path / "train.parquet", out, "--split_type", "length(groups=5)", "--alpha", alpha)
+        means = [texts.mean for texts in read_split(out, 3, None).characters]
+        return max(means) - min(means)
+
+    assert spread(0.05) > 8 > 3 > spread(1000)
 
 
 def test_another_label_column_and_a_slice_of_another_split_are_shared_out(data: Path, tmp_path: Path) -> None:
@@ -98,12 +135,60 @@ def test_the_view_of_a_split_says_how_unequal_it_is(
     assert call(*words, "--label", "stars", "--json") == 0
     assert json.loads(capsys.readouterr().out)["labels"] == ["low", "mid", "top"]
     assert call(*words, "--dataset_type", "gsm8k") == 0
-    assert "Rows: mean 30, 15 to 45 (ratio 3)\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Rows: mean 30, 15 to 45 (ratio 3)\n" in shown and "median" in shown
+
+
+def test_the_view_of_rows_without_labels_says_how_long_their_texts_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, lengths in enumerate(([3, 4, 9], [20, 30]), 1):
+        rows = [{"question": "q" * (n - 2), "answer": "a", "idx": 0} for n in lengths]
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / f"client_{i}"))
+    words = ("view-split", "--base_path", tmp_path, "--num_clients", 2, "--dataset_type", "gsm8k")
+    assert call(*words, "--json") == 0
+    view = json.loads(capsys.readouterr().out)
+    assert view["labels"] == ["rows"] and view["counts"] == [[3], [2]] and view["sizes"]["mean"] == 2.5
+    assert view["characters"] == [{"mean": pytest.approx(16 / 3), "median": 4}, {"mean": 25, "median": 25}]
+    shown = table(read_split(tmp_path, 2, None))
+    assert [column.header for column in shown.columns] == [
+        "client", "rows", "share", "mean characters", "median characters",
+    ]  # fmt: skip
+    assert [next(iter(column.cells)) for column in shown.columns] == ["client_1", "3", "60.0%", "5", "4"]
+
+
+def test_rows_without_any_text_are_shown_by_their_number_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Dataset.from_list([{"idx": 3}]).save_to_disk(str(tmp_path / "client_1"))
+    words = ("view-split", "--base_path", tmp_path, "--num_clients", 1, "--dataset_type", "gsm8k")
+    assert call(*words) == 0 and "characters" not in capsys.readouterr().out
+    assert call(*words, "--json") == 0 and json.loads(capsys.readouterr().out)["characters"] == []
+
+
+@pytest.mark.parametrize("split_type", ["length", "topic", "dirichlet"])
+def test_the_real_gsm8k_is_split_without_naming_its_only_configuration(
+    split_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (REAL / "gsm8k").is_dir():
+        pytest.skip(f"no real data in {REAL}: set DFL_LORA_DATA to a folder with gsm8k/")
+    words = ("--num_clients", 7, "--split_type", split_type, "--min_size", 50)
+    assert call("split", "gsm8k", "--dataset_path", REAL / "gsm8k", "--output_path", tmp_path, *words) == 0
+    capsys.readouterr()
+    view = ("view-split", "--base_path", tmp_path, "--num_clients", 7, "--dataset_type", "gsm8k", "--json")
+    assert call(*view) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(map(sum, found["counts"])) == 7473 and found["sizes"]["min"] >= 50
+    means = [texts["mean"] for texts in found["characters"]]
+    assert max(means) > (1.5 if split_type == "length" else 1.0) * min(means)
 
 
 @pytest.mark.parametrize(("words", "parts"), [
     (("gsm8k", "--split_type", "shards"), ("shards(per_peer=2) needs labels", "gsm8k has none", "quantity", "natural")),
     (("gsm8k", "--split_type", "pathological"), ("needs labels",)),
+    (("gsm8k", "--split_type", "length(groups=80)"), ("different lengths, too few for 80 groups", "use at most")),
+    (("gsm8k", "--split_type", "topic(groups=91)"), ("90 rows have 90 different contents", "too few for 91 groups")),
+    (("gsm8k", "--split_type", "topic(groups=0)"), ("groups", "greater than or equal to 1")),
     (("gsm8k", "--task", "sst2"), ("--task and --label have no effect with gsm8k",)),
     (("glue", "--split_type", "shard"), ("--split_type", "'shard'", "Did you mean 'shards'")),
     (("glue", "--split_type", "shards(per_pear=2)"), ("per_pear", "Did you mean 'per_peer'")),

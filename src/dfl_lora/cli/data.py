@@ -22,12 +22,12 @@ Label = Annotated[str | None, typer.Option("--label", help="The label column; 'l
 
 
 def split(
-    dataset: Annotated[Kind, typer.Argument(help="glue: labelled rows; gsm8k: rows without labels, skewed by size.")],
+    dataset: Annotated[Kind, typer.Argument(help="glue: labelled rows; gsm8k: rows without labels.")],
     dataset_path: Annotated[str, typer.Option(*both("dataset_path"), help="Folder, file or hub name of the data.")],
     output_path: Annotated[Path, typer.Option(*both("output_path"), help="Where client_1 ... client_N are written.")],
     num_clients: Annotated[int, typer.Option(*both("num_clients"), min=1)] = 7,
     split_type: Annotated[
-        str, typer.Option(*both("split_type"), help="A partition, such as dirichlet or 'shards(per_peer=2)'.")
+        str, typer.Option(*both("split_type"), help="A partition, such as dirichlet, topic or 'shards(per_peer=2)'.")
     ] = "iid",
     alpha: Annotated[
         float | None,
@@ -43,8 +43,9 @@ def split(
 ) -> None:
     """Share a data set out to client_1 ... client_N, folders that datasets.load_from_disk reads.
 
-    The partitions: iid, dirichlet, quantity, shards, pathological, natural(column=NAME), linear, square,
-    exponential, saved(path=RUN).
+    The partitions: iid, dirichlet, quantity, shards, pathological, length(groups=10), topic(groups=10),
+    natural(column=NAME), linear, square, exponential, saved(path=RUN). length counts characters, not tokens, and topic
+    compares words: of question and answer where gsm8k has both, else of all columns of text but the label.
     """
     from dfl_lora.choices import choice, options_of
     from dfl_lora.data.partition import PARTITIONS
@@ -78,7 +79,10 @@ def view_split(
     label: Label = None,
     as_json: Json = False,
 ) -> None:
-    """Show who holds what: a table of rows for each label, how unequal they are, and a bar chart beside the folders."""
+    """Show who holds what: a table of rows for each label, how unequal they are, and a bar chart beside the folders.
+
+    Of gsm8k, whose rows have no labels, the table says how many characters the texts of a client have.
+    """
     from dataclasses import asdict
 
     from dfl_lora.data.shares import shares
@@ -87,7 +91,8 @@ def view_split(
     view = read_split(base_path, num_clients, columns_of(dataset_type, task, label))
     unequal = shares(view.counts)
     if as_json:
-        print(json.dumps({"labels": view.labels, "counts": view.counts, **asdict(unequal)}))
+        characters = [asdict(texts) for texts in view.characters]
+        print(json.dumps({"labels": view.labels, "counts": view.counts, **asdict(unequal), "characters": characters}))
         return
     from rich.console import Console
 

@@ -23,12 +23,13 @@ PEERS = 1 << 17
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step: their tokens one row after the other, by name [tokens, ...], and labels [rows]."""
+    """The rows of one step: their tokens one row after the other, by name [tokens, ...], and what is to be learnt."""
 
     inputs: Mapping[str, Tensor]
     lengths: Rows
     """The tokens of each row."""
     labels: Tensor
+    """Of each row [rows], or the token that follows each token [tokens]; below 0 where nothing is learnt."""
     width: int
     """The length that rows are padded to, which depends on this batch alone."""
     pads: Mapping[str, int]
@@ -41,11 +42,34 @@ class Batch:
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
+    @property
+    def num_learnt(self) -> int:
+        """The rows or tokens whose label is learnt."""
+        return int((self.labels >= 0).sum())
+
+    @property
+    def truth(self) -> Rows:
+        """The labels that are learnt."""
+        labels: Rows = self.labels.numpy()
+        return labels[labels >= 0]
+
+    @property
+    def is_token(self) -> Tensor:
+        """[rows, width] which places of the padded rows are tokens."""
+        return torch.arange(self.width) < torch.from_numpy(self.lengths)[:, None]
+
+    def parts(self, num_rows: int) -> list["Batch"]:
+        """Returns the batch cut into batches of at most so many rows."""
+        if len(self.lengths) <= num_rows or self.source is None or self.rows is None:
+            return [self]
+        cuts = range(num_rows, len(self.rows), num_rows)
+        return [self.source.collate(rows) for rows in np.split(self.rows, cuts)]
+
     def padded(self) -> dict[str, Tensor]:
         """Returns the inputs as plain models read them: [rows, width] each, with an attention mask."""
         if not self.pads:
             return dict(self.inputs)
-        is_token = torch.arange(self.width) < torch.from_numpy(self.lengths)[:, None]
+        is_token = self.is_token
         inputs = {"attention_mask": is_token.long()}
         for name, values in self.inputs.items():
             inputs[name] = torch.full(is_token.shape, self.pads[name]).masked_scatter_(is_token, values)
@@ -117,11 +141,16 @@ def last_order(seed: int, peer: int, num_rows: int) -> dict[int, Rows]:
     return {}
 
 
-def evaluation_batches(shard: Shard, batch_size: int) -> Iterator[Batch]:
-    """Yields every row once, sorted by length so that little is padded."""
-    rows = shard.by_length
-    for start in range(0, len(rows), batch_size):
-        yield shard.source.collate(rows[start : start + batch_size])
+def evaluation_batches(shard: Shard, batch_size: int, num_tokens: int | None = None) -> Iterator[Batch]:
+    """Yields every row once, sorted by length: so many rows at a time, or fewer that have at most so many tokens."""
+    rows, start = shard.by_length, 0
+    lengths = shard.source.lengths[rows]
+    while start < len(rows):
+        count = min(batch_size, len(rows) - start)
+        if num_tokens is not None:
+            count = max(1, int((np.cumsum(lengths[start : start + count]) <= num_tokens).sum()))
+        yield shard.source.collate(rows[start : start + count])
+        start += count
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,8 @@ class TokenSource:
     max_length: int
     digest: str = ""
     """Of the texts and of how they became tokens; empty where that is not known."""
+    targets: NDArray[np.int32] | None = None
+    """The token that is to follow each token, below 0 where it is not learnt; None where rows have labels."""
 
     @cached_property
     def lengths(self) -> Rows:
@@ -147,7 +178,8 @@ class TokenSource:
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         places = np.repeat(self.offsets[rows], lengths) + within
         inputs = {name: torch.from_numpy(values[places].astype(np.int64)) for name, values in self.columns.items()}
-        return Batch(inputs, lengths, torch.from_numpy(self.labels[rows]), width, self.pad_values, self, rows)
+        labels = self.labels[rows] if self.targets is None else self.targets[places].astype(np.int64)
+        return Batch(inputs, lengths, torch.from_numpy(labels), width, self.pad_values, self, rows)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ sentence that says why that cannot be. Rows of one peer are shuffled.
                  pathological   a fixed number of labels for every peer          Li et al., arXiv 2102.02079
     size skew    quantity       sizes drawn by Dirichlet(alpha)
                  linear, square, exponential   sizes 1 : 2 : ... : N, their squares, e : e^2 : ... : e^N
+    text skew    length, topic  groups of like length or like words (groups.py), each shared out by Dirichlet(alpha)
     given        natural        whole groups of a column's value                 saved   the rows of an earlier run
 
 No datasets or flwr_datasets is imported before rows are drawn, for those of LIGHT not even then: the recipe reads this
@@ -18,7 +19,7 @@ table, and what is wrong with a choice from it is said before anything heavy is 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from dfl_lora.choices import Positive, PositiveFloat
+from dfl_lora.choices import Choice, Positive, PositiveFloat
+from dfl_lora.data.groups import Grouped, by_length, by_topic
 from dfl_lora.data.saved import Saved, read_saved
 from dfl_lora.errors import UserError
 from dfl_lora.streams import numpy_stream, stream
@@ -40,10 +42,17 @@ DRAWS, DRAWS_EACH, DRAWS_OF_SIZES = 220, 11, 1000
 
 @dataclass(frozen=True)
 class Table:
-    """The rows to share out: their labels [rows] (all 0 where there are none), and any other column by its name."""
+    """The rows to share out: their labels [rows] (all 0 where there are none), and any other column by its name.
+
+    What else they hold is asked for where a partition needs it: lengths in tokens [rows] and texts (None: there are
+    none). Groups that were made of them are kept in `made`, since topics take seconds.
+    """
 
     labels: Rows
     column: Callable[[str], Sequence[object]]
+    lengths: Callable[[], Rows] | None = None
+    texts: Callable[[], Sequence[str]] | None = None
+    made: dict[tuple[str, int, int], Grouped] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,6 +170,20 @@ def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: s
     return checked([drawn.permutation(np.array(rows)) for rows in held], f"natural(column={column})", min_size)
 
 
+def length(
+    table: Table, num_peers: int, seed: int, min_size: int, *, groups: Positive = 10, alpha: PositiveFloat = 0.5
+) -> list[Rows]:
+    """Rows in groups of like length, from short to long, each group shared out by Dirichlet(alpha)."""
+    return by_group("length", table, num_peers, seed, min_size, groups, alpha)
+
+
+def topic(
+    table: Table, num_peers: int, seed: int, min_size: int, *, groups: Positive = 10, alpha: PositiveFloat = 0.5
+) -> list[Rows]:
+    """Rows in groups of like words (k-means of TF-IDF vectors), each group shared out by Dirichlet(alpha)."""
+    return by_group("topic", table, num_peers, seed, min_size, groups, alpha)
+
+
 def linear(table: Table, num_peers: int, seed: int, min_size: int) -> list[Rows]:
     """Shuffled rows in parts of sizes 1 : 2 : ... : N."""
     from flwr_datasets.partitioner import LinearPartitioner  # heavy
@@ -213,6 +236,8 @@ PARTITIONS: Mapping[str, Callable[..., list[Rows]]] = {
     "quantity": quantity,
     "shards": shards,
     "pathological": pathological,
+    "length": length,
+    "topic": topic,
     "natural": natural,
     "linear": linear,
     "square": square,
@@ -229,6 +254,47 @@ GROWTH: Mapping[str, Callable[[Rows], NDArray[np.float64]]] = {
 """What the sizes grow with, by the peer's number from 1; the first is the smallest."""
 BY_LABEL = frozenset({"dirichlet", "shards", "pathological"})
 """Those that say nothing where rows have no labels."""
+
+
+def lengths_of(table: Table, groups: int, seed: int) -> Grouped:
+    """Returns the rows by length; the seed says nothing."""
+    if table.lengths is None:
+        raise no_text("lengths")
+    return by_length(table.lengths(), groups)
+
+
+def topics_of(table: Table, groups: int, seed: int) -> Grouped:
+    if table.texts is None:
+        raise no_text("words")
+    return by_topic(table.texts(), groups, seed)
+
+
+GROUPS: Mapping[str, Callable[[Table, int, int], Grouped]] = {"length": lengths_of, "topic": topics_of}
+"""Those that make groups of what rows hold, and how."""
+
+
+def grouped(how: Choice, table: Table, seed: int) -> Grouped | None:
+    """Returns the groups that a partition shares out, made once for a table; None where it makes none."""
+    return groups_of(how.kind, table, how.options["groups"], seed) if how.kind in GROUPS else None
+
+
+def groups_of(kind: str, table: Table, groups: int, seed: int) -> Grouped:
+    if (kind, groups, seed) not in table.made:
+        table.made[kind, groups, seed] = GROUPS[kind](table, groups, seed)
+    return table.made[kind, groups, seed]
+
+
+def by_group(
+    kind: str, table: Table, num_peers: int, seed: int, min_size: int, groups: int, alpha: float
+) -> list[Rows]:
+    """Returns what `dirichlet` gives each peer where groups are the labels."""
+    enough(len(table), num_peers, min_size)
+    labelled = replace(table, labels=groups_of(kind, table, groups, seed).ids)
+    return dirichlet(labelled, num_peers, seed, min_size, alpha=alpha)
+
+
+def no_text(what: str) -> UserError:
+    return UserError(f"These rows are no texts, so that they have no {what} to group by; use a partition by size.")
 
 
 def cut(order: Rows, partitioner: "Partitioner", num_peers: int, labels: Rows | None = None) -> list[Rows]:
@@ -289,9 +355,9 @@ def unfair(what: str, min_size: int, draws: int) -> UserError:
 
 
 def agree(given: Sequence[Sequence[int]], labels: Sequence[Rows]) -> bool:
-    """Tells whether the counts of a file are those of the labels; counts of no labels say nothing."""
-    width = max(map(len, given))
-    return width == 0 or (max(int(part.max()) for part in labels) < width and counts(labels, width) == given)
+    """Tells whether the counts of a file are those of the labels; where either has none, or one, it says nothing."""
+    width, highest = max(map(len, given)), max(int(part.max()) for part in labels)
+    return 0 in (width, highest) or (highest < width and counts(labels, width) == given)
 
 
 def counts(parts: Sequence[Rows], num_labels: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Value, load_from_disk
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.markup import escape
@@ -21,13 +21,26 @@ from dfl_lora.data.sources import column
 from dfl_lora.data.tasks import common_names, label_ids, label_names
 from dfl_lora.errors import UserError, nearest
 
+QUESTION_ANSWER = ("question", "answer")
+TEXT = ("string", "large_string")
+NO_LABELS = ("rows",)
+
+
+@dataclass(frozen=True)
+class Characters:
+    """How many characters the texts of a client's rows have."""
+
+    mean: float
+    median: float
+
 
 @dataclass(frozen=True)
 class View:
-    """Rows of each label at each client [clients][labels]; without labels there is one column."""
+    """Rows of each label at each client [clients][labels]; without labels one column, and how long the texts are."""
 
     labels: tuple[str, ...]
     counts: list[list[int]]
+    characters: tuple[Characters, ...] = ()
 
 
 def label_columns(task: str | None, label: str) -> Columns:
@@ -51,11 +64,41 @@ def shared_out(
         )
     else:
         labels = np.zeros(len(rows), dtype=np.int64)
-    table = partition.Table(labels, lambda name: column(rows, name, path))
+    table = partition.Table(
+        labels,
+        lambda name: column(rows, name, path),
+        lambda: lengths(joined_texts(rows, columns, path)),
+        lambda: joined_texts(rows, columns, path),
+    )
     if columns is None and how.kind == "dirichlet":
         return partition.quantity(table, num_clients, seed, min_size, alpha=how.options["alpha"])
     parts: list[Rows] = how.of(table, num_clients, seed, min_size)
     return parts
+
+
+def text_columns(rows: Dataset, columns: Columns | None) -> list[str]:
+    """Returns question and answer where rows without labels have both, else all columns of text but the label."""
+    if columns is None and set(QUESTION_ANSWER) <= set(rows.column_names):
+        return list(QUESTION_ANSWER)
+    texts = [n for n, kind in rows.features.items() if isinstance(kind, Value) and kind.dtype in TEXT]
+    return [name for name in texts if columns is None or name != columns.label]
+
+
+def joined_texts(rows: Dataset, columns: Columns | None, path: str) -> list[str]:
+    """Returns one text for each row, a line for each of its columns; raises where there is no such column."""
+    names = text_columns(rows, columns)
+    if not names:
+        raise UserError(
+            f"'{path}' has no column of text to group rows by; its columns are {', '.join(rows.column_names)}: "
+            "use a partition by size."
+        )
+    texts = [column(rows, name, path) for name in names]
+    return ["\n".join("" if text is None else str(text) for text in row) for row in zip(*texts, strict=True)]
+
+
+def lengths(texts: Sequence[str]) -> Rows:
+    """Returns how many characters each text has: a split knows no tokenizer."""
+    return np.array([len(text) for text in texts], dtype=np.int64)
 
 
 def write_split(rows: Dataset, parts: Sequence[Rows], to: Path, overwrite: bool) -> None:
@@ -86,10 +129,17 @@ def read_split(base: Path, num_clients: int, columns: Columns | None) -> View:
     """Reads the folders back and counts their labels."""
     clients = [read_client(base / f"client_{i + 1}") for i in range(num_clients)]
     if columns is None:
-        return View(("rows",), [[len(rows)] for rows in clients])
+        told = all(text_columns(rows, None) for rows in clients)
+        characters = tuple(characters_of(rows, str(base)) for rows in clients if told)
+        return View(NO_LABELS, [[len(rows)] for rows in clients], characters)
     named = str(base)
     names = common_names(label_names(rows, columns, named) for rows in clients)
     return View(names, partition.counts([label_ids(rows, columns, names, named) for rows in clients], len(names)))
+
+
+def characters_of(rows: Dataset, path: str) -> Characters:
+    found = lengths(joined_texts(rows, None, path)) if len(rows) else np.zeros(1)
+    return Characters(float(np.mean(found)), float(np.median(found)))
 
 
 def read_client(folder: Path) -> Dataset:
@@ -105,11 +155,15 @@ def read_client(folder: Path) -> Dataset:
 
 
 def table(view: View) -> Table:
-    """Returns the counts and the shares as a table."""
-    result = Table("client", *map(escape, view.labels), "rows", "share")
+    """Returns the counts, the shares and how long texts are as a table."""
+    labels = () if view.labels == NO_LABELS else view.labels
+    long = ("mean characters", "median characters") if view.characters else ()
+    result = Table("client", *map(escape, labels), "rows", "share", *long)
     total = sum(map(sum, view.counts))
-    for i, counts in enumerate(view.counts, 1):
-        result.add_row(f"client_{i}", *map(str, counts), str(sum(counts)), f"{sum(counts) / total:.1%}")
+    for i, counts in enumerate(view.counts):
+        told = [f"{n:,.0f}" for texts in view.characters[i : i + 1] for n in (texts.mean, texts.median)]
+        cells = [str(n) for n in counts] if labels else []
+        result.add_row(f"client_{i + 1}", *cells, str(sum(counts)), f"{sum(counts) / total:.1%}", *told)
     return result
 
 

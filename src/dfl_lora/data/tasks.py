@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,8 @@ from dfl_lora.data.glue import Columns as Columns
 from dfl_lora.data.labels import common_names as common_names
 from dfl_lora.data.places import check_text
 from dfl_lora.data.sources import column
+from dfl_lora.data.token_cache import cache_place as cache_place
+from dfl_lora.data.token_cache import cached, write_arrays
 
 
 def label_names(rows: Dataset, columns: Columns, path: str) -> tuple[str, ...]:
@@ -64,38 +62,26 @@ class Tokenization:
         key = hashlib.sha256(
             json.dumps([self.digest, self.max_length, self.truncation_side, texts]).encode()
         ).hexdigest()
-        folder = cache_folder() / key
-        arrays = read_arrays(folder)
-        if not arrays:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.write(folder, texts)
-            arrays = read_arrays(folder)
+        arrays = cached(key, lambda: self.tokens(texts))
         offsets = np.asarray(arrays.pop("offsets"))
         pads = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
         return TokenSource(arrays, offsets, ids, pads, self.max_length, key)
 
     def write(self, folder: Path, texts: Sequence[Sequence[str]]) -> None:
         """Writes the ragged token columns to a cache folder, which appears whole or not at all."""
+        write_arrays(folder, self.tokens(texts))
+
+    def tokens(self, texts: Sequence[Sequence[str]]) -> dict[str, NDArray[Any]]:
+        """Returns the token columns of the rows one after the other, and where each row begins."""
         self.tokenizer.truncation_side = self.truncation_side
         tokens: Mapping[str, list[list[int]]] = self.tokenizer(
             *texts, truncation=True, max_length=self.max_length, return_attention_mask=False
         )
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
         arrays: dict[str, NDArray[Any]] = {
             name: np.asarray([t for row in rows for t in row], dtype=np.int32) for name, rows in tokens.items()
         }
         arrays["offsets"] = np.cumsum([0, *map(len, tokens["input_ids"])], dtype=np.int64)
-        try:
-            for name, array in arrays.items():
-                content = BytesIO()
-                np.save(content, array)  # np.save to a full disk raises an error that does not say so
-                (partial / f"{name}.npy").write_bytes(content.getvalue())
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process wrote the same entry first
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        return arrays
 
 
 def text_of(rows: Dataset, name: str, path: str) -> list[str]:
@@ -103,26 +89,3 @@ def text_of(rows: Dataset, name: str, path: str) -> list[str]:
     values = column(rows, name, path)
     check_text(values, name, path)
     return [str(v) for v in values]
-
-
-def read_arrays(folder: Path) -> dict[str, np.memmap[Any, Any]]:
-    """Returns the memory-mapped columns of a cache entry; nothing where it is missing or damaged."""
-    try:
-        return {f.stem: np.lib.format.open_memmap(f, mode="r") for f in sorted(folder.glob("*.npy"))}
-    except (OSError, ValueError):
-        return {}
-
-
-def cache_place(kind: str = "tokens") -> Path:
-    """Returns where caches of a kind are, made or not: under DFL_LORA_CACHE, or dfl-lora under the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = os.environ.get("DFL_LORA_CACHE") or Path(cache).expanduser() / "dfl-lora"
-    return Path(root) / kind
-
-
-def cache_folder() -> Path:
-    """Returns the private folder of token caches (mode 0700), made where it is missing."""
-    folder = cache_place()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
-    return folder

@@ -154,10 +154,11 @@ class Setting:
     memory: tuple[str, ...] = ()
     attention: str = "sdpa"
     """The kernel of the stacked learner's attention."""
+    objective: str = "classification"
 
     @cached_property
     def placement(self) -> Placement:
-        return place(self.base.model, self.base.prefix, self.lora)
+        return place(self.base.model, self.base.prefix, self.lora, head=self.objective == "classification")
 
     def peers(self, ids: Iterable[int] | None = None) -> Peers:
         """Returns the peers at their common start; ids None: all that have rows."""
@@ -168,8 +169,10 @@ class Setting:
 
     def stacked(self, group_tokens: int = 4096) -> StackedLearner:
         """Returns the stacked learner over a copy of the base."""
-        model = deepcopy(self.base.model)
-        return StackedLearner(model, self.data, self.dropping, self.lora.scaling, group_tokens, self.attention)
+        model, scaling = deepcopy(self.base.model), self.lora.scaling
+        return StackedLearner(
+            model, self.data, self.dropping, scaling, group_tokens, self.attention, objective=self.objective
+        )
 
     def sequential(self) -> SequentialLearner:
         """Returns plain PEFT over a copy of the base."""

@@ -92,7 +92,7 @@ def logits_of(setting: Setting, batches: list[Batch], *, whole: bool = False) ->
                 module[-1] = Whole(module[-1].layer, learner.current)
     leaves = learner.leaves(peers, peers.x, peers.x, Phase(0, frozenset(), frozenset()))
     with torch.no_grad():
-        return learner.forward(batches, leaves)[0]
+        return learner.forward(batches, leaves).logits or []
 
 
 class Whole(nn.Module):
@@ -142,9 +142,8 @@ def test_padded_rows_give_the_logits_of_packed_ones(family: Family, tmp_path: Pa
     learner, peers, batches = setting.stacked(), start_apart(setting.peers(), 0.2), batches_of(setting)
     learner.packed = False
     with torch.no_grad():
-        padded = learner.forward(batches, learner.leaves(peers, peers.x, peers.x, Phase(0, frozenset(), frozenset())))[
-            0
-        ]
+        leaves = learner.leaves(peers, peers.x, peers.x, Phase(0, frozenset(), frozenset()))
+        padded = learner.forward(batches, leaves).logits or []
     assert learner.current.packing is not None
     assert learner.current.packing.num_tokens > packed([b.lengths.tolist() for b in batches]).num_tokens
     for one, other in zip(padded, logits_of(setting, batches), strict=True):
@@ -201,6 +200,6 @@ def test_all_tensors_of_a_pass_are_on_the_device_of_the_learner(family: Family, 
     learner.device = meta
     x, gradients = (torch.empty(peers.x.shape, device=meta) for _ in range(2))
     peers.common = peers.common.with_flat(peers.common.flat.to(meta))
-    losses = learner.forward(batches_of(setting), learner.leaves(peers, x, gradients, setting.schedule(1)))[1]
+    losses = learner.forward(batches_of(setting), learner.leaves(peers, x, gradients, setting.schedule(1))).means
     losses.sum().backward()  # type: ignore[no-untyped-call]
     assert losses.device == meta and losses.shape == (3,)

@@ -44,8 +44,8 @@ from torch.utils._pytree import tree_leaves
 from dfl_lora import blocked, machine, measures
 from dfl_lora.build import Federation
 from dfl_lora.checkpoint import PIECE
-from dfl_lora.data.batches import Batch, evaluation_batches
-from dfl_lora.learners.stacked import EVALUATION_ROWS, StackedLearner, Tally, passes, together
+from dfl_lora.data.batches import Batch
+from dfl_lora.learners.stacked import StackedLearner, Tally, parts_of, passes, together
 from dfl_lora.models.packing import BUCKET, filled
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import MEAN_COLUMNS, Peers
@@ -175,7 +175,9 @@ def training_passes(learner: StackedLearner, peers: Peers) -> Passes:
             for row, count in steps.items()
             if s < count
         }
-        found += ([batches[row] for row in rows] for rows in passes(batches, learner.group_tokens))
+        for rows in passes(batches, learner.group_tokens, work.batch_size):
+            parts = parts_of([batches[row] for row in rows], work.batch_size)
+            found.append(max((some for some, _ in parts), key=lambda some: sum(b.tokens for b in some)))
         left -= len(batches)
         if left <= 0:
             break
@@ -186,7 +188,7 @@ def evaluation_passes(learner: StackedLearner, peers: Peers) -> Passes:
     """Returns the evaluation passes, and those of the consensus, one peer alone."""
     found = list[list[Batch]]()
     for ids in (peers.ids, peers.ids[:1]):
-        streams = {i: evaluation_batches(learner.data.validation[i], EVALUATION_ROWS) for i in ids}
+        streams = {i: learner.evaluation_batches(i) for i in ids}
         for batches in together(streams):
             found += ([batches[i] for i in some] for some in passes(batches, 2 * learner.group_tokens))
     return found
@@ -255,7 +257,8 @@ def cut(batch: Batch, rows: int, *, shortest: bool = False) -> Batch:
     starts = np.cumsum(batch.lengths) - batch.lengths
     tokens = torch.from_numpy(np.concatenate([np.arange(starts[r], starts[r] + batch.lengths[r]) for r in chosen]))
     inputs = {name: values[tokens] for name, values in batch.inputs.items()}
-    labels = batch.labels[torch.from_numpy(chosen)]
+    each = len(batch.labels) == len(batch.lengths)  # of each row, else of each token
+    labels = batch.labels[torch.from_numpy(chosen) if each else tokens]
     return replace(batch, inputs=inputs, lengths=batch.lengths[chosen], labels=labels, source=None, rows=None)
 
 

@@ -21,9 +21,10 @@ from dfl_lora.data.generator import sentences
 from dfl_lora.errors import UserError
 from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import LocalWork
-from dfl_lora.models.adapters import CONFIG, WEIGHTS, Export, merge, read_adapter
+from dfl_lora.models.adapters import CONFIG, WEIGHTS, Export, read_adapter
 from dfl_lora.models.base import Files, locate, quiet
 from dfl_lora.models.placement import Lora
+from dfl_lora.models.plain import merge
 from dfl_lora.peers import Peers
 from dfl_lora.reading import resolve
 from dfl_lora.schedules import SCHEDULES, Head, Phase
@@ -89,7 +90,7 @@ def logits_of(learner: StackedLearner, peers: Peers, phase: Phase, batch: Batch)
     """Returns the engine's logits [peers, rows, labels] of one batch that every peer reads."""
     leaves = learner.leaves(peers, peers.x, torch.zeros_like(peers.x), phase)
     with torch.no_grad():
-        return learner.forward([batch] * len(peers), leaves)[0]
+        return learner.forward([batch] * len(peers), leaves).logits or []
 
 
 def exported(case: Case, base: Path, to: Path) -> Exported:

@@ -66,6 +66,7 @@ class SequentialLearner:
             lora_dropout=max(lora.lora_dropout, 1e-9),
             use_rslora=lora.use_rslora,
             target_modules=list(self.placement.modules),
+            fan_in_fan_out=self.placement.transposed,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -111,13 +112,16 @@ class SequentialLearner:
             batch = self.work.order.batch(shard, peer.id, cursor)
             self.draw.generator = torch_stream(self.work.seed, "dropout", peer.id, cursor)
             optimizer.zero_grad()
-            loss = self.forward(batch)[1]
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = 0.0
+            for part in batch.parts(self.work.batch_size):
+                mean = self.forward(part)[1] * (part.num_learnt / batch.num_learnt)
+                mean.backward()  # type: ignore[no-untyped-call]
+                loss += mean.item()
             self.draw.generator = None
             optimizer.param_groups[0]["lr"] = self.work.learning_rate_at(round, s, steps)
             skipped += not self.step(peer, optimizer, trained)
             peer.counters[STEPS] += 1
-            total += loss.item()
+            total += loss
             tokens += batch.tokens
         self.save(peer, optimizer, trained)
         if "gradient_mean" in peer.memory:
@@ -168,7 +172,11 @@ class SequentialLearner:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.peft(**{name: value.to(self.device) for name, value in batch.padded().items()})
         logits = output if isinstance(output, Tensor) else output.logits
-        return logits, F.cross_entropy(logits, batch.labels.to(self.device))
+        labels = batch.labels.to(self.device)
+        if logits.dim() == 3:  # [rows, width, vocabulary] of a causal model
+            logits, learnt = logits[batch.is_token.to(self.device)], labels >= 0
+            logits, labels = logits[learnt], labels[learnt]
+        return logits, F.cross_entropy(logits, labels)
 
     @torch.inference_mode()
     def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
@@ -180,5 +188,5 @@ class SequentialLearner:
         for batch in evaluation_batches(self.data.validation[peer], 64):
             logits, mean = self.forward(batch)
             given = logits.cpu().argmax(1).numpy()
-            answers.append(Answers(batch.labels.numpy(), given, mean.item(), logits.shape[1]))
+            answers.append(Answers(batch.truth, given, mean.item(), logits.shape[1]))
         return Answers.pooled(answers)

@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfl_lora.data.batches import Batch, evaluation_batches
 from dfl_lora.learners import Progress
 from dfl_lora.learners.activations import Activations
+from dfl_lora.learners.objectives import OBJECTIVES, Outcome
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.metrics import Answers
 from dfl_lora.models.layers import Pass
 from dfl_lora.models.packing import Packing, filled
-from dfl_lora.models.reading import install, read
+from dfl_lora.models.reading import install
 from dfl_lora.peers import STEPS, Peers
 from dfl_lora.roles import ROLES
 from dfl_lora.schedules import Phase
@@ -63,6 +63,8 @@ class StackedLearner:
     num_below: int = 0
     """Layers below the first that is adapted, and where what they make is kept; None: it is made anew."""
     kept: Activations | None = None
+    objective: str = "classification"
+    """What is learnt, a name of OBJECTIVES."""
     packed: bool = True
     """False: rows are padded to the longest of their batch, as plain tools do; for comparison alone."""
     clock: Clock = lambda part: nullcontext()
@@ -72,7 +74,9 @@ class StackedLearner:
         self.current = Pass(attention=self.attention)
         self.model.eval().requires_grad_(False)
         work = self.work
-        install(self.model, self.current, self.scaling, work.lora_dropout, work.base_dropout, self.num_below)
+        causal = self.objective == "causal_lm"
+        dropout = work.lora_dropout, work.base_dropout
+        install(self.model, self.current, self.scaling, *dropout, self.num_below, causal=causal)
         self.model.to(self.device)
         self.dtype = next(self.model.parameters()).dtype
 
@@ -85,7 +89,7 @@ class StackedLearner:
         for s in range(max(steps)):
             with self.clock("data"):
                 batches = {row: self.next_batch(peers, row) for row in range(len(peers)) if s < steps[row]}
-            for rows in passes(batches, self.group_tokens):
+            for rows in passes(batches, self.group_tokens, self.work.batch_size):
                 rates = [self.work.learning_rate_at(round, s, steps[row]) for row in rows]
                 self.step(peers, rows, [batches[row] for row in rows], phase, rates, tallies)
         if means is not None:
@@ -111,13 +115,16 @@ class StackedLearner:
         gradients = torch.zeros_like(x)
         leaves = self.leaves(peers, x, gradients, phase)
         self.current.generators = self.generators(peers, rows)
-        with self.clock("forward"):
-            losses = self.forward(batches, leaves)[1]
-        with self.clock("backward"), warnings.catch_warnings():  # gradients are strided views of one buffer on purpose
-            warnings.filterwarnings("ignore", message="grad and param do not obey")
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses = torch.zeros(len(rows), dtype=torch.float64, device=x.device)
+        for some, shares in parts_of(batches, self.work.batch_size):
+            with self.clock("forward"):
+                means = self.forward(some, leaves).means
+                means = means * shares.to(means)
+            with self.clock("backward"), warnings.catch_warnings():  # gradients are strided views of one buffer
+                warnings.filterwarnings("ignore", message="grad and param do not obey")
+                means.sum().backward()  # type: ignore[no-untyped-call]
+            losses += means.detach()
         self.current.generators = None
-        losses = losses.detach()
         with self.clock("optimiser"):
             finite = (torch.isfinite(gradients).all(1) & torch.isfinite(losses)).tolist()
             clip(gradients, self.work.max_grad_norm)
@@ -148,11 +155,12 @@ class StackedLearner:
             tensors[e.name] = leaf
         return tensors
 
-    def forward(self, batches: Sequence[Batch], tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Returns each peer's logits [rows, labels] and mean losses [k]."""
+    def forward(self, batches: Sequence[Batch], tensors: Mapping[str, Tensor]) -> Outcome:
+        """Returns what a pass makes of each peer's batch with its adapter."""
         lengths, widths = [b.lengths for b in batches], [b.width for b in batches]
         if self.packed:
-            packing = Packing(lengths, widths, self.device, self.dtype)
+            causal = self.objective == "causal_lm"
+            packing = Packing(lengths, widths, self.device, self.dtype, causal=causal)
             inputs = packing.inputs([b.inputs for b in batches], batches[0].pads)
         else:
             whole = [np.full_like(own, width) for own, width in zip(lengths, widths, strict=True)]
@@ -162,16 +170,11 @@ class StackedLearner:
         self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
         kept = self.kept if self.packed else None
         self.current.below = kept.get(batches, packing) if kept else None
-        logits = read(self.model, inputs, self.current)[packing.row_index]
+        outcome = OBJECTIVES[self.objective](self.model, inputs, batches, self.current)
         if kept and self.current.below is None and self.current.made is not None:
             kept.put(batches, packing, self.current.made)
         self.current.below = self.current.made = None
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits, torch.cat([b.labels for b in batches]).to(self.device), reduction="none")
-        counts = [len(b.labels) for b in batches]
-        return list(torch.split(logits.detach(), counts)), torch.stack(
-            [own.mean() for own in torch.split(losses, counts)]
-        )
+        return outcome
 
     @torch.no_grad()
     def optimize(
@@ -212,18 +215,32 @@ class StackedLearner:
     def evaluate(self, peers: Peers) -> Mapping[int, Answers]:
         same = first_alike(peers, self.data)
         rows = sorted(set(same))
-        streams = [evaluation_batches(self.data.validation[peers.ids[row]], EVALUATION_ROWS) for row in rows]
+        streams = [self.evaluation_batches(peers.ids[row]) for row in rows]
         answers: dict[int, list[Answers]] = {row: [] for row in rows}
         for batches in together(dict(zip(rows, streams, strict=True))):
             for some in passes(batches, 2 * self.group_tokens):
                 x = take(peers.x, some)
                 leaves = self.leaves(peers, x, x, Phase(0, frozenset(), frozenset()))
-                logits, losses = self.forward([batches[row] for row in some], leaves)
-                for row, own, mean in zip(some, logits, losses.tolist(), strict=True):
-                    labels, given = batches[row].labels.numpy(), own.cpu().argmax(1).numpy()
-                    answers[row].append(Answers(labels, given, mean, own.shape[1]))
+                outcome = self.forward([batches[row] for row in some], leaves)
+                for row, own, mean in zip(some, outcome.answers, outcome.means.tolist(), strict=True):
+                    answers[row].append(Answers(batches[row].truth, own.cpu().numpy(), mean, outcome.num_labels))
         pooled = {row: Answers.pooled(own) for row, own in answers.items()}
         return {i: pooled[row] for i, row in zip(peers.ids, same, strict=True)}
+
+    def evaluation_batches(self, peer: int) -> Iterator[Batch]:
+        """Yields the validation rows of a peer, as many at a time as a pass may hold."""
+        return evaluation_batches(self.data.validation[peer], EVALUATION_ROWS, 2 * self.group_tokens)
+
+
+def parts_of(batches: Sequence[Batch], num_rows: int) -> Iterator[tuple[list[Batch], Tensor]]:
+    """Yields the parts of the peers' batches that are read one after the other, and each part's share of its batch.
+
+    Gradients of a step add up: peers whose batches are in as many parts, of `num_rows` rows at most, share a pass.
+    """
+    apart = [batch.parts(num_rows) for batch in batches]
+    for some in zip(*apart, strict=True):
+        shares = [part.num_learnt / batch.num_learnt for part, batch in zip(some, batches, strict=True)]
+        yield list(some), torch.tensor(shares, dtype=torch.float64)
 
 
 def first_alike(peers: Peers, data: PeerData) -> list[int]:
@@ -243,16 +260,21 @@ def take(matrix: Tensor, rows: Sequence[int]) -> Tensor:
     return matrix[list(rows)]
 
 
-def passes(batches: Mapping[int, Batch], budget: int) -> Iterator[list[int]]:
-    """Yields the rows that share a pass: in order, at most `budget` tokens with their fills, at least one."""
-    rows, used = list[int](), 0
+def passes(batches: Mapping[int, Batch], budget: int, num_rows: int | None = None) -> Iterator[list[int]]:
+    """Yields the rows that share a pass: in order, at most `budget` tokens with their fills, at least one.
+
+    Where batches are read in parts of `num_rows`, all that share a pass have as many parts.
+    """
+    rows, used, parts = list[int](), 0, 1
     for row, batch in batches.items():
-        tokens = filled(batch.tokens)
-        if rows and used + tokens > budget:
+        own = 1 if num_rows is None else -(-len(batch.lengths) // num_rows)
+        tokens = filled(-(-batch.tokens // own))
+        if rows and (used + tokens > budget or own != parts):
             yield rows
             rows, used = [], 0
         rows.append(row)
         used += tokens
+        parts = own
     if rows:
         yield rows
 

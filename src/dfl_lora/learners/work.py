@@ -20,6 +20,9 @@ class LocalWork:
 
     rounds: int
     batch_size: int
+    """Rows that are read at a time."""
+    accumulation: int = 1
+    """How many times so many rows make a step."""
     steps: int | None = None
     epochs: int | None = None
     optimizer: OptimizerName = "adam"
@@ -33,13 +36,17 @@ class LocalWork:
 
     @property
     def order(self) -> Order:
-        return Order(self.seed, self.batch_size, self.shuffle)
+        return Order(self.seed, self.rows_of_step, self.shuffle)
+
+    @property
+    def rows_of_step(self) -> int:
+        return self.batch_size * self.accumulation
 
     def steps_of(self, shard: Shard) -> int:
         """Returns the number of local steps of a peer in each round."""
         if self.steps is not None:
             return self.steps
-        return (self.epochs or 1) * shard.num_batches(self.batch_size)
+        return (self.epochs or 1) * shard.num_batches(self.rows_of_step)
 
     def learning_rate_at(self, round: int, step: int, steps: int) -> float:
         """Returns the learning rate of local step `step` of `steps` in a round, both counted from 0 and 1."""

@@ -6,23 +6,26 @@ the base's file lacks of the encoder (a pooler) and the run seed gave.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dfl_lora.errors import UserError
 from dfl_lora.files import new_folder
-from dfl_lora.models.base import Base, Files, load_tokenizer, quiet
+from dfl_lora.models.base import Base, Files
 from dfl_lora.models.placement import Placement
 
+CAUSAL = "CAUSAL_LM"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_DIGEST = "base_weights_sha256"
 
@@ -36,21 +39,26 @@ class Export:
     model_class: str
     model_module: str
     labels: tuple[str, ...]
+    """Of a classifier; none of a causal language model."""
     fixed: Mapping[str, Tensor]
     """Parameters that no peer trains and the published base lacks, by name: they travel with the adapter."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Where it has words that the base's own lacks; it travels too."""
 
     @staticmethod
-    def of(base: Base, placement: Placement, labels: tuple[str, ...]) -> "Export":
+    def of(
+        base: Base, placement: Placement, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "Export":
         """Takes what is needed from a base model, before a learner changes its layers."""
         assert base.files is not None
         carrying = tuple(f"{path}." for path in placement.modules if not path.startswith(f"{base.prefix}."))
         fixed = {
             name: parameter.detach().clone()
-            for name, parameter in base.model.named_parameters()
+            for name, parameter in base.model.named_parameters(remove_duplicate=False)
             if name not in placement.head and (name in base.drawn or name.startswith(carrying))
         }
         kind = type(base.model)
-        return Export(placement, base.files, kind.__name__, kind.__module__, labels, fixed)
+        return Export(placement, base.files, kind.__name__, kind.__module__, labels, fixed, tokenizer)
 
     def tensors(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns an adapter under PEFT's names, LoRA folded into the modules that travel whole."""
@@ -73,8 +81,10 @@ class Export:
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
+            fan_in_fan_out=self.placement.transposed,
             target_modules=sorted(p for p in self.placement.modules if f"{p}.weight" not in self.fixed),
-            modules_to_save=sorted(heads),
+            modules_to_save=sorted(heads) or None,
+            task_type=None if self.labels else CAUSAL,
             base_model_name_or_path=self.files.name,
             revision=self.files.revision,
             inference_mode=True,
@@ -84,10 +94,7 @@ class Export:
                 BASE_DIGEST: self.files.weights,
             },
         ).to_dict()
-        config["target_modules"], config["modules_to_save"] = (
-            sorted(config["target_modules"]),
-            sorted(config["modules_to_save"]),
-        )
+        config["target_modules"], config["modules_to_save"] = sorted(config["target_modules"]), sorted(heads) or None
         return config
 
     def write(self, folder: Path, adapter: Mapping[str, Tensor], whose: str) -> None:
@@ -96,17 +103,27 @@ class Export:
             (partial / WEIGHTS).write_bytes(save(self.tensors(adapter), metadata={"format": "pt"}))
             (partial / CONFIG).write_text(json.dumps(self.config(), indent=2, default=str))
             (partial / "README.md").write_text(self.readme(whose))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(partial))
 
     def readme(self, whose: str) -> str:
         base, labels = self.files.name, len(self.labels)
+        kind = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
+        told, given = (f"Labels: {', '.join(self.labels)}.\n", f", num_labels={labels}") if labels else ("", "")
         return (
             f"---\nbase_model: {base}\nlibrary_name: peft\n---\n# {whose}\n\n"
             f"Trained by decentralised LoRA fine-tuning; base weights sha256 {self.files.weights}.\n"
-            f"Labels: {', '.join(self.labels)}.\n\n```python\nfrom peft import PeftModel\n"
-            "from transformers import AutoModelForSequenceClassification\n\n"
-            f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={labels})\n'
+            f"{told}\n```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f'base = {kind}.from_pretrained("{base}"{given})\n{self.resizing}'
             'model = PeftModel.from_pretrained(base, "this folder").eval()\n```\n'
         )
+
+    @property
+    def resizing(self) -> str:
+        """Returns the line that gives a base the words which the adapter's embeddings have."""
+        if self.tokenizer is None or not self.fixed:
+            return ""
+        return f"base.resize_token_embeddings({len(self.tokenizer)})  # the adapter carries embeddings of added words\n"
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -132,28 +149,10 @@ def check_base(config: Mapping[str, Any], files: Files, folder: Path) -> None:
         )
 
 
-def merge(adapter: Path, files: Files, labels: Sequence[str], to: Path) -> None:
-    """Writes the base with an adapter folder merged in, as a model folder with its tokenizer."""
-    config, tensors = read_adapter(adapter)
-    check_base(config, files, adapter)
-    with quiet():
-        base = AutoModelForSequenceClassification.from_pretrained(
-            files.path,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)},
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-        )
-        try:
-            model = PeftModel.from_pretrained(base, str(adapter))
-        except RuntimeError as error:
-            raise UserError(f"The adapter in {adapter} is damaged ({error}); export it again.") from None
-        apart = sorted(set(get_peft_model_state_dict(model)) ^ set(tensors))
-        if apart:
-            raise UserError(f"The adapter in {adapter} is damaged (its tensors differ in {apart[0]}); export it again.")
-        merged = model.merge_and_unload()
-        merged.save_pretrained(to, safe_serialization=True)
-    load_tokenizer(files).save_pretrained(to)
+def fit_words(base: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a base as many words as the embeddings have that an adapter carries."""
+    output = base.get_input_embeddings()
+    for name, value in tensors.items():
+        path = name.removeprefix("base_model.model.").rpartition(".")[0]
+        if path and not path.endswith(("lora_A", "lora_B")) and base.get_submodule(path) is output:
+            base.resize_token_embeddings(len(value), mean_resizing=False)

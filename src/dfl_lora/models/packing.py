@@ -40,6 +40,8 @@ class Bucket:
     beyond: Tensor | None
     numbers: Lengths
     """[n] the rows' numbers in the pass, fills not counted."""
+    width: int
+    """L."""
 
     def gather(self, whole: Tensor, firsts: bool, hidden: float | None = None) -> Tensor:
         """Returns [n, heads, L, d] of whole [T, heads, d], or with firsts [n, heads, 1, d] of [R, heads, d].
@@ -77,6 +79,8 @@ class Packing:
     """Of what is computed, so of the masks."""
     seen: Sequence[Lengths] | None = None
     """Of each peer, how many tokens of each row attention sees, where the others are padding; None: all."""
+    causal: bool = False
+    """Whether a token sees itself and those before it alone: what lies beyond a row's end is then never seen."""
 
     @cached_property
     def token_spans(self) -> list[slice]:
@@ -142,10 +146,10 @@ class Packing:
             real, beyond = self.index(np.flatnonzero(is_token)), self.index(np.flatnonzero(~is_token))
         seen = lengths if self.seen is None else np.concatenate(self.seen)
         is_seen = np.arange(width) < seen[numbers, None]
-        if not is_seen.all():
+        if not is_seen.all() and not self.causal:
             hidden = torch.from_numpy(~is_seen[:, None, None])
             mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf).to(self.device)
-        return Bucket(self.index(tokens.ravel()), self.index(self.rows[numbers]), mask, real, beyond, numbers)
+        return Bucket(self.index(tokens.ravel()), self.index(self.rows[numbers]), mask, real, beyond, numbers, width)
 
     def pack(self, columns: Sequence[Tensor], fill: int) -> Tensor:
         """Returns [T, ...] of the peers' own tokens [tokens, ...], `fill` between them."""

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dfl_lora.models.folder import Targets, no_layer, no_linear, too_high, unmatched
+from dfl_lora.models.folder import Targets, no_layer, no_linear, output_layer, too_high, unmatched
 from dfl_lora.roles import Role, Roles
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import Layout, Shape, Tensors
@@ -64,6 +64,8 @@ class Placement:
     lora: Lora
     modules: Mapping[str, tuple[int, int]]
     head: Mapping[str, Shape]
+    transposed: bool = False
+    """Whether the modules hold W' [d_in, d_out], as GPT-2's do; PEFT says fan_in_fan_out."""
 
     @property
     def layout(self) -> Layout:
@@ -103,8 +105,11 @@ def size_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
-    """Resolves target_modules on a model by PEFT's own rules; raises with the candidates where nothing matches."""
+def place(model: nn.Module, prefix: str, lora: Lora, *, head: bool = True) -> Placement:
+    """Resolves target_modules on a model by PEFT's own rules; raises with the candidates where nothing matches.
+
+    Without `head` what lies outside the module `prefix` is frozen, and carries no LoRA.
+    """
     available = linears(model)
     if lora.layers_to_transform is not None:
         check_layers(lora.layers_to_transform, match(model, replace(lora, layers_to_transform=None)))
@@ -113,13 +118,19 @@ def place(model: nn.Module, prefix: str, lora: Lora) -> Placement:
     if refused:
         raise no_linear(refused[0], type(model.get_submodule(refused[0])).__name__)
     modules = {name: size_of(m) for name, m in available.items() if name in matched}
-    head = {
+    transposed = any(isinstance(available[name], Conv1D) for name in modules)
+    if not head:
+        outside = [name for name in modules if not name.startswith(f"{prefix}.")]
+        if outside:
+            raise output_layer(outside[0])
+        return Placement(lora, modules, {}, transposed)
+    own_head = {
         f"{name}.{part}": tuple(parameter.shape)
         for name, module in available.items()
         if not name.startswith(f"{prefix}.") and name not in modules
         for part, parameter in module.named_parameters(recurse=False)
     }
-    return Placement(lora, modules, head)
+    return Placement(lora, modules, own_head, transposed)
 
 
 def check_layers(wanted: Iterable[int], matched: Iterable[str]) -> None:

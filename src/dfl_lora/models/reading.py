@@ -14,8 +14,9 @@ from dfl_lora.models.layers import Pass
 
 
 def install(
-    model: nn.Module, current: Pass, scaling: float, lora_dropout: float, base_dropout: bool, num_below: int = 0
-) -> None:
+    model: nn.Module, current: Pass, scaling: float, lora_dropout: float, base_dropout: bool, num_below: int = 0,
+    *, causal: bool = False,
+) -> None:  # fmt: skip
     """Makes a model read packed passes, in place: linear layers and dropout of peers, attention in buckets.
 
     The first `num_below` layers, which no peer adapts, are put where they can be passed over.
@@ -23,6 +24,7 @@ def install(
     layers.install(model, current, scaling, lora_dropout, base_dropout)
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation(PACKED)
+    if isinstance(model, PreTrainedModel) and not causal:
         install_firsts(model, model.base_model_prefix, current)
         if num_below:
             install_below(model, model.base_model_prefix, num_below, current)

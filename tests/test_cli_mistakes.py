@@ -23,11 +23,11 @@ def test_every_task_of_glue_can_be_trained(
     assert "nowhere/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "rt"])
+@pytest.mark.parametrize("task", ["gsm", "rt"])
 def test_another_task_is_refused_with_the_ones_there_are(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*TRAIN, "--dataset_type", task) == 2
     said = capsys.readouterr().err
-    assert f"--dataset_type is '{task}'; allowed are {', '.join(TASKS)}." in said and said.count("\n") == 1
+    assert f"--dataset_type is '{task}'; allowed are {', '.join(TASKS)}, gsm8k." in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [

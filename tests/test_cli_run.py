@@ -68,11 +68,11 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     loaded = set(re.findall(r"\|\s+(\w+)$", done.stderr, re.MULTILINE))
     assert "dfl_lora" in loaded and loaded.isdisjoint({"torch", "transformers", "peft", "datasets", "matplotlib"})
-    for verb in ("run", "train", "split", "view-split", "export"):
+    for verb in ("run", "train", "split", "view-split", "export", "eval", "chat"):
         assert re.search(rf"\b{verb}\b", done.stdout)
 
 
-@pytest.mark.parametrize("verb", ["run", "train", "split", "view-split", "export"])
+@pytest.mark.parametrize("verb", ["run", "train", "split", "view-split", "export", "eval", "chat"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(verb, "--help") == 0
     assert "Usage: dfl-lora" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_a_large_pass_needs_what_small_ones_of_its_length_say(model: Path, rows:
         (forward, evaluation_passes(learner, f.peers)),
     ):
         largest = max(found, key=size_of)
-        assert law_of(run, largest, 4096)(1) == pytest.approx(peak_of(run, largest), rel=0.05)
+        assert law_of(run, largest, 4096)(1) == pytest.approx(peak_of(run, largest), rel=0.1)
 
 
 def test_a_pass_grows_with_the_peers_up_to_its_budget_of_tokens(model: Path, rows: Path) -> None:

@@ -7,62 +7,35 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dfl_lora import codecs, combine, corrections, graphs, machine, mixers, schedules
-from dfl_lora.data import partition, sources, tasks
-from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
-from dfl_lora.data.labels import check_several, occurring
+from dfl_lora.data import tasks
 from dfl_lora.errors import UserError
 from dfl_lora.learners import Learner
 from dfl_lora.learners.activations import Activations
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.sequential import SequentialLearner
 from dfl_lora.learners.stacked import StackedLearner
-from dfl_lora.learners.work import LocalWork, PeerData
+from dfl_lora.learners.work import LocalWork
 from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
 from dfl_lora.models.below import digest_below, frozen_below
-from dfl_lora.models.folder import check_room
+from dfl_lora.models.causal import check_alike, own_logits
 from dfl_lora.models.placement import Lora, Placement, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
+from dfl_lora.peer_data import TOY_INPUTS, TOY_LABELS, Data, causal_data, text_data, toy_data
 from dfl_lora.peers import Peers
-from dfl_lora.preflight import (
-    TOY,
-    TOY_HELD_OUT,
-    check_attention,
-    check_participation,
-    check_partition,
-    check_toy,
-    graph_of,
-    no_column,
-    share_out,
-    text_columns,
-    toy_rows,
-)
-from dfl_lora.recipe import Compute, Recipe, is_path
+from dfl_lora.preflight import TOY, check_attention, check_participation, check_toy, graph_of
+from dfl_lora.recipe import Compute, Recipe
 from dfl_lora.rounds import Method
-from dfl_lora.streams import numpy_stream, torch_stream
+from dfl_lora.streams import torch_stream
 
-TOY_INPUTS, TOY_LABELS = 8, 3
 GROUP_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Of a pass. On a CPU the most of 512 to 4,096 tokens was the fastest; more, and a GPU, were not measured."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows of every hosted peer and what is known of all."""
-
-    peers: PeerData
-    labels: tuple[str, ...]
-    counts: list[list[int]]
-    num_rows: int
-    """Of the table that is shared out, or of all peers' own tables that are read here."""
-    rows: list[Rows] | None
-    """Row numbers of each peer; None where each has a table of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +67,16 @@ def build(
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
-    toy = recipe.task.kind == "toy"
-    files = None if toy else bases.locate(recipe.model.name_or_path, recipe.model.revision)
+    kind = recipe.task.kind
+    files = None if kind == "toy" else bases.locate(recipe.model.name_or_path, recipe.model.revision)
     digest = checked_digest(recipe, files)
     if files is None:
-        data, base = (
-            toy_data(recipe, hosted),
-            bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder"),
-        )
+        data = toy_data(recipe, hosted)
+        base = bases.Base(ToyModel(TOY_INPUTS, TOY_LABELS, recipe.train.seed), "encoder")
     else:
-        data = text_data(recipe, files, hosted)
+        data = (causal_data if kind == "causal_lm" else text_data)(recipe, files, hosted)
         base = load_base(recipe, files, len(data.labels))
-    placement = place(base.model, base.prefix, lora)
+    placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     device = torch.device(recipe.compute.device)
     start = start.with_flat(start.flat.to(device))
@@ -115,18 +86,46 @@ def build(
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"store": store})})
     where = (folder or Path(gettempdir())) if store == "disk" else None
     peers = Peers(hosted, own, common, optimizer=vectors, memory=memory, place=where)
-    export = Export.of(base, placement, data.labels) if files else None
+    export = export_of(recipe, files, base, placement, data.labels) if files else None
     work = local_work(recipe)
     trainer: Learner
     if learner == "stacked":
-        tokens, below = int(recipe.compute.group_tokens), num_below(recipe, base, placement)
-        kept = kept_of(recipe, base, below) if below else None
-        trainer = StackedLearner(
-            base.model, data.peers, work, lora.scaling, tokens, recipe.compute.attention, device, below, kept
-        )
+        trainer = stacked(recipe, base, placement, data, device)
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work, device)
     return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
+
+
+def export_of(
+    recipe: Recipe, files: bases.Files, base: bases.Base, placement: Placement, labels: tuple[str, ...]
+) -> Export:
+    """Returns what adapter folders say of the base."""
+    if recipe.task.kind == "classification":
+        return Export.of(base, placement, labels)
+    tokenizer = bases.load_tokenizer(files, recipe.task.tokens) if recipe.task.tokens else None
+    return Export.of(base, placement, (), tokenizer)
+
+
+def stacked(recipe: Recipe, base: bases.Base, placement: Placement, data: Data, device: torch.device) -> StackedLearner:
+    """Returns the engine on a base; a causal one is first seen to be read as the model itself reads."""
+    model, tokens, below = base.model, int(recipe.compute.group_tokens), num_below(recipe, base, placement)
+    kept = kept_of(recipe, base, below) if below else None
+    causal = recipe.task.kind == "causal_lm" and isinstance(model, PreTrainedModel)
+    rows = example_rows(model) if causal else []
+    own = own_logits(model, rows)
+    learner = StackedLearner(
+        model, data.peers, local_work(recipe), placement.lora.scaling, tokens, recipe.compute.attention, device, below,
+        kept, "causal_lm" if causal else "classification",
+    )  # fmt: skip
+    if causal:
+        check_alike(model, [row.to(device) for row in rows], own, learner.current)
+    return learner
+
+
+def example_rows(model: PreTrainedModel) -> list[Tensor]:
+    """Returns two rows of tokens, drawn once, of different lengths."""
+    numbers = torch.randint(model.config.vocab_size, (20,), generator=torch_stream(0, "example rows"))
+    return [numbers[:13], numbers[13:]]
 
 
 def num_below(recipe: Recipe, base: bases.Base, placement: Placement) -> int:
@@ -220,6 +219,7 @@ def local_work(recipe: Recipe) -> LocalWork:
     return LocalWork(
         rounds=train.rounds,
         batch_size=train.batch_size,
+        accumulation=train.gradient_accumulation_steps,
         steps=train.local.steps,
         epochs=train.local.epochs,
         optimizer=train.optimizer,
@@ -234,87 +234,11 @@ def local_work(recipe: Recipe) -> LocalWork:
 
 
 def load_base(recipe: Recipe, files: bases.Files, num_labels: int) -> bases.Base:
-    """Loads the encoder in the precision and with the attention that the recipe resolved to."""
+    """Loads the base in the precision and with the attention that the recipe resolved to."""
     attention = bases.STREAM_ATTENTION if recipe.train.dropout else recipe.compute.attention
     dtype = torch.bfloat16 if recipe.compute.dtype == "bfloat16" else torch.float32
+    if recipe.task.kind == "causal_lm":  # eager: every decoder has it, and the engine brings its own
+        attention = bases.STREAM_ATTENTION if recipe.train.dropout else "eager"
+        words = len(bases.load_tokenizer(files, recipe.task.tokens)) if recipe.task.tokens else 0
+        return bases.load_decoder(files, attention, dtype, words)
     return bases.load_encoder(files, num_labels, attention, dtype, recipe.train.seed)
-
-
-def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
-    """Loads, tokenises and shares out the rows of a text task."""
-    data, columns = recipe.data, text_columns(recipe)
-    check_partition(recipe)
-    shared, everyone = data.per_peer is None, range(recipe.peers.num_peers)
-    owners = [0] * len(everyone) if shared else list(hosted)
-    paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
-    tables = {i: sources.load_rows(path, data.config, data.train) for i, path in paths.items()}
-    everywhere = shared or len(owners) == len(everyone)
-    if not everywhere and not all(tasks.fixed_names(rows, columns) for rows in tables.values()):
-        raise UserError(
-            "Peers in several processes must agree on the labels, and their own rows do not say all of them; "
-            "give task.name, or a ClassLabel column."
-        )
-    names = tasks.common_names(tasks.label_names(rows, columns, paths[i]) for i, rows in tables.items())
-    labels = {i: tasks.label_ids(rows, columns, names, paths[i]) for i, rows in tables.items()}
-    found = {name for ids in labels.values() for name in occurring(names, ids)} if everywhere else set(names)
-    check_several(found, paths[owners[0]])
-    if shared:
-        parts = share_out(recipe, labels[0], lambda name: sources.column(tables[0], name, paths[0]))
-    else:
-        parts = [np.arange(len(labels[i])) for i in owners]
-    tokenizer, limit = bases.load_tokenizer(files), min(recipe.task.max_length, bases.max_tokens(files))
-    special = tokenizer.num_special_tokens_to_add(pair=len(columns.text) == 2)
-    check_room(limit, special)
-    tokens = tasks.Tokenization(tokenizer, files.tokenizer, limit, recipe.task.truncation_side)
-    read = {i: tokens.source(rows, columns, names, paths[i]) for i, rows in tables.items()}
-    shards = {
-        i: Shard(read[owner], rows)
-        for i, owner, rows in zip(everyone if shared else owners, owners, parts, strict=True)
-    }
-    train = {i: shards[i] for i in hosted}
-    counts = partition.counts([labels[owner][rows] for owner, rows in zip(owners, parts, strict=True)], len(names))
-    peers = PeerData(train, validation_shards(recipe, tokens, columns, names, train))
-    return Data(peers, names, counts, sum(map(len, labels.values())), parts if shared else None)
-
-
-def validation_shards(
-    recipe: Recipe, tokens: tasks.Tokenization, columns: tasks.Columns, names: tuple[str, ...], ids: Iterable[int]
-) -> dict[int, Shard]:
-    """Returns each peer's validation rows: one table for all, or a table of its own."""
-    data, loaded, apart = recipe.data, dict[str, Source](), is_path(recipe.data.validation)
-    shards = {}
-    for i in ids:
-        if apart:
-            path, split_name, config = sources.peer_path(data.validation, i), "validation", None
-        else:
-            path, split_name, config = str(data.path), data.validation, data.config
-        if path not in loaded:
-            loaded[path] = tokens.source(sources.load_rows(path, config, split_name, alone=apart), columns, names, path)
-        source = loaded[path]
-        shards[i] = evaluation_shard(recipe, source, np.arange(len(source.lengths)))
-    return shards
-
-
-def evaluation_shard(recipe: Recipe, source: Source, rows: Rows) -> Shard:
-    """Returns the rows to evaluate on: all of `rows`, or `evaluate.rows` of them drawn once."""
-    if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
-        rows = np.sort(numpy_stream(recipe.train.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
-    return Shard(source, rows)
-
-
-def toy_data(recipe: Recipe, hosted: Iterable[int]) -> Data:
-    """Vectors labelled by a random linear teacher."""
-    generator = torch_stream(recipe.train.seed, "toy data")
-    num_rows = toy_rows(recipe)
-    inputs = torch.randn(num_rows, TOY_INPUTS, generator=generator)
-    teacher = torch.randn(TOY_INPUTS, TOY_LABELS, generator=generator)
-    source = VectorSource(inputs, (inputs @ teacher).argmax(1))
-    held_out, rows = np.arange(TOY_HELD_OUT), np.arange(TOY_HELD_OUT, num_rows)
-    labels = source.labels.numpy()
-    shared = share_out(recipe, labels[rows], no_column)
-    parts = [rows[part] for part in shared]
-    shards = {i: evaluation_shard(recipe, source, held_out) for i in hosted}
-    train = {i: Shard(source, parts[i]) for i in hosted}
-    names = tuple(str(i) for i in range(TOY_LABELS))
-    counts = partition.counts([labels[p] for p in parts], TOY_LABELS)
-    return Data(PeerData(train, shards), names, counts, len(rows), shared)

@@ -10,6 +10,7 @@ from dfl_lora import mixing
 from dfl_lora.build import Federation, build
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.data.batches import TokenSource
+from dfl_lora.data.causal import render
 from dfl_lora.graphs import Graph
 from dfl_lora.memory import Estimate, estimate
 from dfl_lora.models.base import load_tokenizer
@@ -33,8 +34,9 @@ class Sample:
     """The first row of the first peer as the model reads it."""
 
     text: str
+    """Of a causal task the trained tokens stand between « and »."""
     num_tokens: int
-    label: str
+    label: str | None
     cut: int
     """How many of all training rows are as long as the longest that is read, so may have been cut."""
 
@@ -114,10 +116,15 @@ def sample_of(federation: Federation) -> Sample | None:
     source, row = shard.source, int(shard.rows[0])
     if export is None or not isinstance(source, TokenSource):
         return None
-    tokens = source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]]
-    text = load_tokenizer(export.files).decode(tokens.tolist())
+    tokens, tokenizer = (
+        source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]],
+        load_tokenizer(export.files, federation.recipe.task.tokens),
+    )
     cut = sum(int((s.source.lengths[s.rows] >= source.max_length).sum()) for s in train.values())
-    return Sample(str(text), len(tokens), federation.data.labels[int(source.labels[row])], cut)
+    if source.targets is not None:
+        return Sample(render(tokenizer, source, row), len(tokens), None, cut)
+    text = str(tokenizer.decode(tokens.tolist()))
+    return Sample(text, len(tokens), federation.data.labels[int(source.labels[row])], cut)
 
 
 def prediction(federation: Federation) -> Prediction:

@@ -7,11 +7,12 @@ from dfl_lora.errors import UserError
 from dfl_lora.files import new_folder
 from dfl_lora.models import adapters
 from dfl_lora.models.base import locate
+from dfl_lora.models.plain import merge
 from dfl_lora.reading import load_recipe
 from dfl_lora.records import labels_of
 
 
-def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
+def export_run(run: Path, name: str, to: Path, merged: bool) -> None:
     """Writes adapter `name` of a run to a folder, which appears whole or not at all."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no recipe.yaml.")
@@ -25,8 +26,8 @@ def export_run(run: Path, name: str, to: Path, merge: bool) -> None:
         )
     adapters.read_adapter(source)
     with new_folder(to) as partial:
-        if merge:
+        if merged:
             recipe = load_recipe(run / "recipe.yaml")
-            adapters.merge(source, locate(recipe.model.name_or_path, recipe.model.revision), labels_of(run), partial)
+            merge(source, locate(recipe.model.name_or_path, recipe.model.revision), labels_of(run), partial)
         else:
             shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dfl_lora.build import Federation
 from dfl_lora.errors import UserError
+from dfl_lora.fitting import fitted
 from dfl_lora.membership.identity import Identity
 from dfl_lora.membership.reception import listen_at
 from dfl_lora.membership.roster import Roster, read_roster, write_roster
@@ -64,7 +65,7 @@ def host(
     """Runs a node's peers of a recipe to the end in directory `run` and returns the summary; `tell` shows events."""
     open_more_files()
     prepare(run, resume, overwrite)
-    federation = build_for(node.over(recipe), run, node.peers, resume=resume)
+    federation = fitted(build_for(node.over(recipe), run, node.peers, resume=resume), recipe)
     if roster.recipe not in ("", federation.digest):
         raise UserError(
             f"The federation was founded on the recipe with digest {roster.recipe[:12]}, and here it is "

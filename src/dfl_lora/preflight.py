@@ -5,13 +5,14 @@ It looks as far as is cheap: at the graph and its matrix, at options without eff
 is checked again when it is loaded. No torch, transformers, peft or datasets here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dfl_lora import hub, mixing
 from dfl_lora.data import labels, partition
+from dfl_lora.data.formats import format_of
 from dfl_lora.data.glance import MANY, Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
@@ -51,6 +52,12 @@ def preflight(recipe: Recipe, ids: Sequence[int] | None = None) -> None:
     if recipe.task.kind == "toy":
         check_shares(recipe, Glance((), toy_rows(recipe) - TOY_HELD_OUT, no_column, {}), None)
         check_targets(TOY_MODULES, recipe)
+    elif recipe.task.kind == "causal_lm":
+        check_partition(recipe)
+        check_labels_asked(recipe)
+        check_model(recipe, 1)
+        check_held_out(recipe)
+        check_causal_rows(recipe, hosted)
     else:
         columns = text_columns(recipe)
         check_partition(recipe)
@@ -148,9 +155,12 @@ def check_model(recipe: Recipe, num_texts: int) -> None:
     if recipe.model.revision is not None:
         raise UserError(f"model.revision has no effect on '{name}', which is here and not on the hub; remove it.")
     weights, config = folder.weights_in(path, name), folder.read_config(path)
-    folder.check_family(config.get("model_type"), known_as)
+    folder.check_family(config, known_as, recipe.task.kind)
     folder.check_tokenizer(path)
-    check_targets(folder.modules_in(weights, str(config["model_type"])), recipe)
+    causal = recipe.task.kind == "causal_lm"
+    check_targets(
+        folder.decoder_modules(weights) if causal else folder.modules_in(weights, config["model_type"]), recipe
+    )
     limit = recipe.task.max_length
     if limit <= SHORT and (special := folder.special_tokens(path, num_texts == 2)) is not None:
         folder.check_room(limit, special)
@@ -194,6 +204,8 @@ def check_shares(recipe: Recipe, table: Glance, ids: partition.Rows | None) -> N
     if num_rows is None:
         return
     partition.enough(num_rows, num_peers, how.min_size)
+    if recipe.task.kind == "toy" and how.kind in partition.GROUPS:
+        raise UserError(f"data.partition {how.kind} groups texts, and the toy has none; use another.")
     if how.kind in partition.GROWTH:
         partition.check_growth(how.kind, num_rows, num_peers, how.min_size)
     elif how.kind == "saved":
@@ -205,15 +217,21 @@ def check_shares(recipe: Recipe, table: Glance, ids: partition.Rows | None) -> N
         values = {how.options["column"]: table.read(how.options["column"])}
     told = None not in values.values() and (ids is not None or how.kind in ("quantity", "shards", "natural"))
     if how.kind in partition.LIGHT and num_rows <= MANY and told:
-        share_out(recipe, np.zeros(num_rows, dtype=np.int64) if ids is None else ids, lambda name: values[name] or ())
+        labels = np.zeros(num_rows, dtype=np.int64) if ids is None else ids
+        share_out(recipe, partition.Table(labels, lambda name: values[name] or ()))
 
 
-def share_out(recipe: Recipe, ids: partition.Rows, column: Callable[[str], Sequence[object]]) -> list[partition.Rows]:
+def share_out(recipe: Recipe, table: partition.Table) -> list[partition.Rows]:
     """Returns the row numbers of each peer."""
-    how = recipe.data.partition
-    seed = recipe.train.seed if how.seed is None else how.seed
-    parts: list[partition.Rows] = how.of(partition.Table(ids, column), recipe.peers.num_peers, seed, how.min_size)
+    how, seed = recipe.data.partition, partition_seed(recipe)
+    parts: list[partition.Rows] = how.of(table, recipe.peers.num_peers, seed, how.min_size)
     return parts
+
+
+def partition_seed(recipe: Recipe) -> int:
+    """Returns the seed that rows are shared out by."""
+    how = recipe.data.partition
+    return int(recipe.train.seed if how.seed is None else how.seed)
 
 
 def check_held_out(recipe: Recipe) -> None:
@@ -243,6 +261,37 @@ def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | 
     for path, table in held_out.items():
         if table is not None:
             look(table, columns, path, names)
+
+
+def check_labels_asked(recipe: Recipe) -> None:
+    """Raises where rows without labels are to be shared out by label."""
+    how = recipe.data.partition
+    if recipe.data.per_peer is None and how.kind in partition.BY_LABEL:
+        others = ", ".join(name for name in partition.PARTITIONS if name not in partition.BY_LABEL)
+        raise UserError(f"data.partition {how.kind} is by label, and rows of causal_lm have none; use {others}.")
+
+
+def check_causal_rows(recipe: Recipe, hosted: Sequence[int]) -> None:
+    """Looks at the columns of the rows of training and of validation, and at how many of them there are."""
+    data, asked = recipe.data, recipe.task.format
+    if data.per_peer is not None:
+        check_each("data.per_peer", data.per_peer, hosted)
+    trained = [peer_path(data.per_peer, i) for i in hosted[:LOOKED_AT]] if data.per_peer else [str(data.path)]
+    for path in trained:
+        table = glance(path, data.config, data.train)
+        if table is not None:
+            format_of(table.columns, asked, path)
+            if data.per_peer is None:
+                check_shares(recipe, table, None)
+    if is_path(data.validation):
+        check_each("data.validation", data.validation, hosted)
+        places = {peer_path(data.validation, i) for i in hosted[:LOOKED_AT]}
+        tables = [(path, glance(path, None, "validation")) for path in sorted(places)]
+    else:
+        tables = [(str(data.path), glance(str(data.path), data.config, data.validation))]
+    for path, table in tables:
+        if table is not None:
+            format_of(table.columns, asked, path)
 
 
 def check_each(key: str, template: str, hosted: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
+from dfl_lora.data.formats import FORMATS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.data.saved import read_saved
@@ -44,6 +45,13 @@ def expand(value: object) -> object:
 PathText = Annotated[str, BeforeValidator(expand)]
 
 
+def unquantised(value: object) -> object:
+    """Raises where a quantised base is asked for."""
+    if value is not None:
+        raise ValueError("a quantised base needs a GPU to be run and compared, and is not offered; leave it null")
+    return value
+
+
 class Part(BaseModel):
     """A part of the recipe."""
 
@@ -59,8 +67,8 @@ class Model(Part):
     """A folder, a hub name, all-MiniLM-L6-v2 (embedded), or toy."""
     revision: str | None = None
     """The hub revision; null is the newest."""
-    quantization: None = None
-    """The base is kept in full."""
+    quantization: Annotated[None, BeforeValidator(unquantised)] = None
+    """The base is kept in full: a quantised one was never run by us, so it is not offered."""
 
 
 class LoraPart(Part):
@@ -88,21 +96,28 @@ class LoraPart(Part):
         return self
 
 
+GSM8K = "gsm8k"
+
+
 class Task(Part):
     """What is learnt."""
 
-    kind: Literal["classification", "toy"] = "classification"
-    """classification of text, or the toy."""
-    name: Literal[*TASKS] | None = None  # type: ignore[valid-type]
-    """A known task of GLUE sets text, label names and metric."""
+    kind: Literal["classification", "causal_lm", "toy"] = "classification"
+    """classification of text, causal_lm (what follows what), or the toy."""
+    name: Literal[*TASKS, GSM8K] | None = None  # type: ignore[valid-type]
+    """A known task of GLUE sets text, label names and metric; gsm8k sets kind and format."""
     text: str | list[str] | None = None
     """The text column, or two for pairs."""
     label: str = "label"
     """The label column: numbers from 0, ClassLabel or strings."""
     labels: Annotated[list[str], Field(min_length=2)] | None = None
     """The names of the labels in the order of their numbers; null: the column's own."""
-    format: None = None
-    """Conversation format of causal tasks."""
+    format: Literal[*FORMATS] | None = None  # type: ignore[valid-type]
+    """What a row of a causal task is; null: the first that its columns fit."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows of a causal task of which nothing can be learnt: refuse the run, or skip them."""
+    tokens: Literal["seed"] | None = None
+    """seed: pad, eos, bos and unk tokens that a causal model lacks are added, and every adapter carries embeddings."""
     max_length: Positive = 512
     """Tokens kept of a row, at most what the base can read."""
     truncation_side: Literal["right", "left"] = "right"
@@ -112,6 +127,16 @@ class Task(Part):
     def check(self) -> Self:
         if self.labels and len(set(self.labels)) < len(self.labels):
             raise ValueError("labels names one twice; give each name once")
+        if self.name == GSM8K:
+            if self.kind == "toy" or self.format not in (None, "question_answer"):
+                raise ValueError(f"name {GSM8K} sets kind causal_lm and format question_answer; remove what differs")
+            self.kind, self.format = "causal_lm", "question_answer"
+        elif self.name is not None and self.kind == "causal_lm":
+            raise ValueError(f"name {self.name} is a task of classification; remove name, or kind")
+        of_others = ("text", "label", "labels") if self.kind == "causal_lm" else ("format", "bad_rows", "tokens")
+        for key in of_others:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on kind {self.kind}; remove it")
         return self
 
 
@@ -234,7 +259,9 @@ class Train(Part):
     shuffle: bool = True
     """Draw a new order of rows each epoch."""
     batch_size: Positive = 16
-    """Rows of a local step."""
+    """Rows of a local step, or of each of its parts."""
+    gradient_accumulation_steps: Positive = 1
+    """Parts of a local step, read one after the other: a step is on batch_size times as many rows."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Its state stays with the peer across rounds."""
     learning_rate: PositiveFloat = 1.0e-3
@@ -311,10 +338,20 @@ class Recipe(Part):
     """Written by a run. Where it is given, it must be the recipe's own."""
 
     @model_validator(mode="after")
+    def check_causal(self) -> Self:
+        """Raises where something has no effect on a causal model, whose output layer is frozen."""
+        if self.task.kind == "causal_lm" and self.method.head != "shared":
+            raise ValueError(f"method.head {self.method.head} has no effect on task.kind causal_lm; remove it")
+        if self.task.kind == "causal_lm" and self.evaluate.metric not in (None, "loss", "accuracy"):
+            raise ValueError(f"evaluate.metric {self.evaluate.metric} is of labels; causal_lm has loss and accuracy")
+        return self
+
+    @model_validator(mode="after")
     def resolve_metric(self) -> Self:
         """Writes down the task's own metric where none is asked for."""
         if self.evaluate.metric is None:
-            own = TASKS[self.task.name].metric if self.task.name else "accuracy"
+            known = TASKS[self.task.name].metric if self.task.name in TASKS else "accuracy"
+            own = "loss" if self.task.kind == "causal_lm" else known
             self.evaluate = self.evaluate.model_copy(update={"metric": own})
         return self
 

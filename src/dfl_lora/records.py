@@ -153,6 +153,7 @@ def partition_facts(federation: Federation) -> Line:
         "labels": list(federation.data.labels),
         "counts": counts_by_peer(federation),
         "num_rows": federation.data.num_rows,
+        "notes": dict(federation.data.notes),
         **asdict(shares(federation.data.counts)),
         "edges": sorted(graph.edges),
         "topology": federation.recipe.peers.topology.kind,

@@ -16,7 +16,7 @@ Line = dict[str, Any]
 RECIPE = "recipe.yaml"
 LEFT = (
     "checkpoint/latest.json", "checkpoint", "adapters", "rounds.jsonl", "summary.json", "partition.json",
-    "report.html", "log.txt", "status.json", "events.jsonl", "events.jsonl.1", RECIPE,
+    "report.html", "answers-gsm8k.jsonl", "log.txt", "status.json", "events.jsonl", "events.jsonl.1", RECIPE,
 )  # fmt: skip
 """In the order of removal: first what makes a checkpoint one, last what makes the folder a run."""
 NODE = "node"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from real import DATA, data
+
 ROOT = Path(__file__).parents[2]
 ONE = {"peers.num_peers": 1, "train.batch_size": 128}
 SIXTEEN = {"peers.num_peers": 16, "train.batch_size": 8}
@@ -23,6 +25,15 @@ EVERY = {
     "train.rounds": 2,
     "train.local.steps": 4,
     "evaluate.rows": 64,
+}
+LLAMA_ONE = {"peers.num_peers": 1, "train.batch_size": 8}
+LLAMA_SEVEN = {"peers.num_peers": 7, "train.batch_size": 4}
+LLAMA_ALL = {
+    "peers.num_peers": 12,
+    "train.batch_size": 4,
+    "train.gradient_accumulation_steps": 2,
+    "lora.target_modules": "all-linear",
+    "method.schedule": "lora",
 }
 PREDICT = """
 import json, sys
@@ -46,10 +57,10 @@ def settings(shape: dict[str, object]) -> list[str]:
     return [f"{key}={value}" for key, value in (EVERY | shape).items()]
 
 
-def peak_rss(out: Path, shape: dict[str, object]) -> int:
+def peak_rss(out: Path, shape: dict[str, object], recipe: str = "recipes/demo.yaml") -> int:
     """Returns the peak resident bytes of a run in a process of its own."""
     words = [word for setting in settings(shape) for word in ("--set", setting)]
-    return printed("-m", "dfl_lora", "run", "recipes/demo.yaml", "--out", out, "--json", *words)["peak_rss_bytes"]
+    return printed("-m", "dfl_lora", "run", recipe, "--out", out, "--json", *words)["peak_rss_bytes"]
 
 
 @pytest.mark.slow
@@ -64,5 +75,19 @@ def test_sixteen_peers_need_at_most_1_3_times_the_memory_of_one_with_the_same_to
 def test_the_predicted_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path, shape: dict[str, object]) -> None:
     predicted = printed("-c", PREDICT, "recipes/demo.yaml", *settings(shape))["total"]
     peak = peak_rss(tmp_path / "run", shape)
+    print(f"peak RSS: predicted {predicted / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
+    assert predicted == pytest.approx(peak, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [LLAMA_ONE, LLAMA_SEVEN, LLAMA_ALL], ids=["one", "seven", "twelve"])
+def test_of_a_llama_the_predicted_peak_is_within_a_fifth_of_the_measured_one(
+    tmp_path: Path, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data("models/stories260K-llama", "tinystories")
+    monkeypatch.setenv("DFL_LORA_DATA", str(DATA))
+    recipe = "recipes/tinystories.yaml"
+    predicted = printed("-c", PREDICT, recipe, *settings(shape))["total"]
+    peak = peak_rss(tmp_path / "run", shape, recipe)
     print(f"peak RSS: predicted {predicted / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
     assert predicted == pytest.approx(peak, rel=0.2)

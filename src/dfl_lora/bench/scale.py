@@ -17,13 +17,14 @@ from dfl_lora.bench.arms.own import Own
 from dfl_lora.bench.cells import Cell, Material
 from dfl_lora.bench.child import ask, peak_memory, settle
 from dfl_lora.bench.setting import federation_of
-from dfl_lora.build import TOY_INPUTS, TOY_LABELS, Federation, build
+from dfl_lora.build import Federation, build
 from dfl_lora.data.batches import Shard, VectorSource
 from dfl_lora.graphs import ring
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.learners.work import PeerData
 from dfl_lora.machine import own_memory
+from dfl_lora.peer_data import TOY_INPUTS, TOY_LABELS
 from dfl_lora.peers import Peers
 from dfl_lora.reading import resolve
 from dfl_lora.streams import torch_stream

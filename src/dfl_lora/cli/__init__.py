@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from dfl_lora.__main__ import INTERRUPTED
-from dfl_lora.cli import bench, check, data, doctor, export, membership, peer, run, topology, train
+from dfl_lora.cli import bench, chat, check, data, doctor, evaluate, export, membership, peer, run, topology, train
 from dfl_lora.cli.interruption import Interrupted
 from dfl_lora.errors import UserError
 
@@ -40,6 +40,8 @@ app.command("view-split")(data.view_split)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("topology")(topology.topology)
 app.command("peer")(peer.peer)

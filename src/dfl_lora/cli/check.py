@@ -87,9 +87,12 @@ def facts(found: "Check") -> "Table":
     table.add_column(overflow="fold")
     table.add_row("digest", found.digest)
     table.add_row("partition", str(shares(rows)))
+    for note, count in found.partition["notes"].items():
+        table.add_row("rows", escape(f"{count:,} {note}"))
     if found.sample is not None:
         cut = f"{found.sample.cut:,} of {sum(map(sum, rows)):,} rows reach max_length and may be cut"
-        table.add_row("first row", escape(f"{found.sample.text} -> {found.sample.label}"))
+        label = "" if found.sample.label is None else f" -> {found.sample.label}"
+        table.add_row("first row", escape(found.sample.text + label))
         table.add_row("", f"{found.sample.num_tokens} tokens; {cut}")
     table.add_row("graph", escape(f"{graph.topology}: {graph.num_edges:,} edges, W {graph.mixing}"))
     exchanges = short(graph.exchanges_to_a_thousandth)

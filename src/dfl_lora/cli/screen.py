@@ -67,6 +67,8 @@ class Screen:
             f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}",
             always=True,
         )
+        for note, count in federation.data.notes.items():
+            self.say(f"{count:,} rows {note}", always=True)
         for line in lines:
             self.say(told(line, self.keys))
         if lines:

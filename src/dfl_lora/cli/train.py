@@ -11,11 +11,13 @@ from dfl_lora.cli.options import Json, Out, Overwrite, Resume, Settings, both
 from dfl_lora.data.glue import TASKS
 from dfl_lora.errors import UserError, nearest
 from dfl_lora.graphs import GRAPHS
+from dfl_lora.recipe import GSM8K
 
 SCHEDULES = {"LoRA": "lora", "DFL-LoRA": "freeze_a", "ConLoRA": "freeze_a"}
 
 
 def train(
+    context: typer.Context,
     model_checkpoint: Annotated[str, typer.Option(*both("model_checkpoint"), help="Base model: folder or hub name.")],
     dataset_path_template: Annotated[
         str, typer.Option(*both("dataset_path_template"), help="Each client's folder, with {i} or {} from 1.")
@@ -33,10 +35,12 @@ def train(
         Literal["LoRA", "DFL-LoRA", "ConLoRA"],
         typer.Option(*both("training_type"), help="DFL-LoRA (once ConLoRA) freezes A."),
     ],
-    dataset_type: Annotated[str, typer.Option(*both("dataset_type"), help=f"The task: {', '.join(TASKS)}.")],
+    dataset_type: Annotated[str, typer.Option(*both("dataset_type"), help=f"The task: {', '.join(TASKS)}, {GSM8K}.")],
     name: Annotated[str, typer.Option("--name", help=f"Topology: {', '.join(GRAPHS)}.")],
     num_rounds: Annotated[int, typer.Option(*both("num_rounds"), min=1, help="Rounds of one epoch each.")] = 256,
-    batch_size: Annotated[int, typer.Option(*both("batch_size"), min=1, help="Rows of a step.")] = 128,
+    batch_size: Annotated[
+        int, typer.Option(*both("batch_size"), min=1, help="Rows of a step; of gsm8k 5, four times, unless given.")
+    ] = 128,
     log_path: Annotated[Path, typer.Option(*both("log_path"), help="The log file.")] = Path("federated_training.log"),
     seed: Annotated[int, typer.Option("--seed", help="Names every draw of the run.")] = 0,
     settings: Settings = None,
@@ -53,9 +57,9 @@ def train(
     template = dataset_path_template
     if "{i}" not in template and "{}" not in template:
         raise UserError(f"--dataset_path_template is '{template}'; put {{i}} or {{}} where the client's number stands.")
-    if dataset_type not in TASKS:
-        hint = nearest(dataset_type, TASKS)
-        raise UserError(f"--dataset_type is '{dataset_type}'; allowed are {', '.join(TASKS)}.{hint}")
+    if dataset_type not in (*TASKS, GSM8K):
+        hint = nearest(dataset_type, (*TASKS, GSM8K))
+        raise UserError(f"--dataset_type is '{dataset_type}'; allowed are {', '.join(TASKS)}, {GSM8K}.{hint}")
     validation = val_dataset_path_template  # a bare name is a folder here, not a split
     validation = validation if "/" in validation else f"./{validation}"
     content = recipe_of(model_checkpoint, template, validation, num_clients, lora_r, lora_alpha)
@@ -65,6 +69,9 @@ def train(
     content["peers"]["topology"] = name
     content["method"]["schedule"] = SCHEDULES[training_type]
     content["train"] |= {"rounds": num_rounds, "batch_size": batch_size, "seed": seed}
+    if dataset_type == GSM8K:
+        source = context.get_parameter_source("batch_size")
+        of_causal(content, given=source is not None and source.name != "DEFAULT")
     recipe = resolve(content, settings or (), "the flags")
     directory = out or Path(recipe.output.dir or f"runs/{recipe.name}")
     prepare(directory, resume, overwrite)
@@ -81,6 +88,15 @@ def train(
             summary = run_recipe(recipe, directory, [screen, log], resume=resume, overwrite=overwrite)
     if as_json:
         print(json.dumps(summary))
+
+
+def of_causal(content: dict[str, Any], *, given: bool) -> None:
+    """Writes the seed's setting of GSM8K into a recipe; `given`: the rows of a step are what was asked for."""
+    content["task"] = {"name": GSM8K, "max_length": 512}
+    content["lora"]["lora_dropout"] = 0.1
+    del content["method"]["head"]
+    if not given:
+        content["train"] |= {"batch_size": 5, "gradient_accumulation_steps": 4}
 
 
 def targets(text: str) -> str | list[str]:

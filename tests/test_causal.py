@@ -67,8 +67,16 @@ def test_a_model_that_the_engine_reads_otherwise_is_refused(tmp_path: Path) -> N
     rows = example_rows(setting.base.model)  # type: ignore[arg-type]
     own = own_logits(setting.base.model, rows)  # type: ignore[arg-type]
     learner = setting.stacked()
-    with pytest.raises(UserError, match="llama models otherwise than transformers"):
+    with pytest.raises(UserError, match="cannot read models of the family llama"):
         check_alike(learner.model, rows, [own[0] * 1.01, own[1]], learner.current)  # type: ignore[arg-type]
+
+
+def test_a_base_with_damaged_weights_is_told(tmp_path: Path) -> None:
+    setting = setting_of("llama", tmp_path)
+    rows = example_rows(setting.base.model)  # type: ignore[arg-type]
+    learner = setting.stacked()
+    with pytest.raises(UserError, match="weights are damaged"):
+        check_alike(learner.model, rows, [torch.full((13, 2), torch.nan)] * 2, learner.current)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("schedule", ["lora", "freeze_a"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoders import write_decoder
 from dfl_lora.build import build
@@ -202,6 +202,19 @@ def test_an_encoder_is_no_causal_model(tmp_path: Path, capsys: pytest.CaptureFix
     content = recipe(tmp_path, model={"name_or_path": "all-MiniLM-L6-v2"})
     assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run") == 2
     assert "causal_lm takes decoders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "target"), [("bloom", "query_key_value"), ("mamba", "in_proj")])
+def test_a_family_that_the_engine_cannot_read_is_refused(
+    family: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(tmp_path, lora={"target_modules": [target]}, data={"partition": "iid"})
+    shape = {"vocab_size": 260, "hidden_size": 32, "n_layer": 1, "n_head": 2, "num_hidden_layers": 1, "state_size": 4}
+    with quiet():
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path / "model")
+    assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert f"cannot read models of the family {family}" in said and said.count("\n") == 1
 
 
 def test_check_marks_the_trained_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from dfl_lora.learners.work import LocalWork
 from dfl_lora.models import base as bases
 from dfl_lora.models.adapters import Export
 from dfl_lora.models.below import digest_below, frozen_below
-from dfl_lora.models.causal import check_alike, own_logits
+from dfl_lora.models.causal import check_alike, own_logits, unreadable
 from dfl_lora.models.placement import Lora, Placement, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
@@ -113,10 +113,15 @@ def stacked(recipe: Recipe, base: bases.Base, placement: Placement, data: Data, 
     causal = recipe.task.kind == "causal_lm" and isinstance(model, PreTrainedModel)
     rows = example_rows(model) if causal else []
     own = own_logits(model, rows)
-    learner = StackedLearner(
-        model, data.peers, local_work(recipe), placement.lora.scaling, tokens, recipe.compute.attention, device, below,
-        kept, "causal_lm" if causal else "classification",
-    )  # fmt: skip
+    try:
+        learner = StackedLearner(
+            model, data.peers, local_work(recipe), placement.lora.scaling, tokens, recipe.compute.attention, device,
+            below, kept, "causal_lm" if causal else "classification",
+        )  # fmt: skip
+    except ValueError as error:  # of transformers, where a family takes no attention but its own
+        if isinstance(error, UserError) or not causal:
+            raise
+        raise unreadable(model, " ".join(str(error).split())[:200]) from None
     if causal:
         check_alike(model, [row.to(device) for row in rows], own, learner.current)
     return learner

@@ -30,6 +30,8 @@ from dfl_lora.models import folder
 from dfl_lora.streams import torch_stream
 
 SEED_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+UNLIMITED = 1 << 30
+"""Tokens that a model without a longest sequence reads."""
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -97,8 +99,9 @@ def max_tokens(files: Files, kind: str = "classification") -> int:
     with readable(files):
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
     folder.check_family(config.to_dict(), files.name, kind)
+    longest = getattr(config, "max_position_embeddings", None)  # none where positions have no table
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
-    return int(config.max_position_embeddings) - reserved
+    return UNLIMITED if longest is None else int(longest) - reserved
 
 
 def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dtype, seed: int) -> Base:

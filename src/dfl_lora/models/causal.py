@@ -144,21 +144,28 @@ def own_logits(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
         return [model(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float() for row in rows]
 
 
+def unreadable(model: PreTrainedModel, why: str) -> UserError:
+    return UserError(
+        f"The engine cannot read models of the family {model.config.model_type} ({why}); use a model of another family."
+    )
+
+
 def check_alike(model: PreTrainedModel, rows: Sequence[Tensor], own: Sequence[Tensor], current: Pass) -> None:
     """Raises where the engine reads rows that share a pass otherwise than the model itself did one by one."""
+    if not all(bool(torch.isfinite(logits).all()) for logits in own):
+        raise UserError("The base model gives logits that are not finite, so its weights are damaged; fetch it again.")
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     lengths = np.array([len(row) for row in rows])
     current.packing = Packing([lengths], [int(lengths.max())], device, dtype, causal=True)
     current.tensors, current.view = {}, "tokens"
     packed = current.packing.pack([torch.cat(list(rows))], 0)
     with torch.no_grad():
-        hidden = hidden_states(model, {"input_ids": packed}, current)
-        logits = head_of(model)(hidden)
+        try:
+            logits = head_of(model)(hidden_states(model, {"input_ids": packed}, current))
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, AssertionError) as error:
+            raise unreadable(model, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
     for row, start, wanted in zip(rows, current.packing.starts, own, strict=True):
         found = logits[start : start + len(row)].float()
         apart = torch.linalg.vector_norm(found - wanted.to(found)) / torch.linalg.vector_norm(wanted)
         if not apart <= ALIKE[dtype]:
-            raise UserError(
-                f"The engine reads {model.config.model_type} models otherwise than transformers does (logits differ "
-                f"by {apart:.1g} of their norm), so it does not train them; use a model of another family."
-            )
+            raise unreadable(model, f"its logits differ from the model's own by {apart:.1g} of their norm")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfl_lora import codecs, combine, corrections, graphs, machine, mixers, schedules
+from dfl_lora import combine, graphs, machine, schedules
+from dfl_lora.corrections.local import Local
 from dfl_lora.data import tasks
 from dfl_lora.errors import UserError
 from dfl_lora.learners import Learner
@@ -61,7 +62,6 @@ def build(
     """
     recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
-    graph, method = build_method(recipe)
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
     lora = Lora(**recipe.lora.model_dump())
     check_participation(recipe)
@@ -76,18 +76,19 @@ def build(
     else:
         data = (causal_data if kind == "causal_lm" else text_data)(recipe, files, hosted)
         base = load_base(recipe, files, len(data.labels))
+    work = local_work(recipe)
+    graph, method = build_method(recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive))
     placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     device = torch.device(recipe.compute.device)
     start = start.with_flat(start.flat.to(device))
     own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
-    vectors, memory = OPTIMIZERS[recipe.train.optimizer].state, method.correction.memory
+    vectors, memory = OPTIMIZERS[recipe.train.optimizer].state, method.memory
     store = resolve_store(recipe.compute, own.flat.nbytes * len(hosted) * (1 + len(vectors) + len(memory)))
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"store": store})})
     where = (folder or Path(gettempdir())) if store == "disk" else None
     peers = Peers(hosted, own, common, optimizer=vectors, memory=memory, place=where)
     export = export_of(recipe, files, base, placement, data.labels) if files else None
-    work = local_work(recipe)
     trainer: Learner
     if learner == "stacked":
         trainer = stacked(recipe, base, placement, data, device)
@@ -203,7 +204,7 @@ def resolve_store(compute: Compute, num_bytes: int) -> str:
     return "disk" if 2 * num_bytes > machine.total_memory() else "memory"
 
 
-def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:
+def build_method(recipe: Recipe, local: Local) -> tuple[graphs.Graph, Method]:
     """Returns the graph and the point in the product of the axes."""
     peers, axes = recipe.peers, recipe.method
     graph, weights = graph_of(recipe)
@@ -212,10 +213,10 @@ def build_method(recipe: Recipe) -> tuple[graphs.Graph, Method]:
         lambda t: graph,
         absence(peers.num_peers, peers.participation, recipe.train.seed),
         weights,
-        corrections.CORRECTIONS[axes.correction],
-        mixers.MIXERS[axes.mixer],
+        axes.correction.of(local),
+        axes.mixer.of(graph, weights, recipe.train.rounds),
         combine.COMBINES[axes.combine],
-        codecs.CODECS[axes.codec],
+        axes.codec.of(recipe.train.seed),
     )
 
 

@@ -30,8 +30,8 @@ class Peer:
 
     `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction
     keeps: `gradient_shift` is added to every gradient after clipping, `step_shift` to x after every step,
-    `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart); each is absent unless
-    a correction names it.
+    `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart), `start` begins at x; each
+    is absent unless a correction names it.
     """
 
     id: int
@@ -65,6 +65,8 @@ class Peers(Sequence[Peer]):
         self.x = zeros(place, *kind).copy_(start.flat)  # [N, P]
         self.optimizer = {name: zeros(place, *kind) for name in optimizer}
         self.memory = {name: zeros(place, *kind) for name in memory}
+        if "start" in self.memory:
+            self.memory["start"].copy_(start.flat)
         self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
 
     @overload

@@ -15,6 +15,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dfl_lora.codecs import CODECS
+from dfl_lora.corrections import CORRECTIONS
+from dfl_lora.mixers import MIXERS
 from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
 from dfl_lora.data.formats import FORMATS
 from dfl_lora.data.glue import TASKS
@@ -220,13 +223,13 @@ class MethodPart(Part):
     """What is trained and shared in a round; freeze_a is DFL-LoRA."""
     head: Literal["shared", "private", "frozen"] = "shared"
     """Whether the head is trained and mixed, trained and kept, or left at its start."""
-    correction: Literal["none"] = "none"
+    correction: choice(CORRECTIONS, "none") = "none"  # type: ignore[valid-type]
     """Against drift towards the own data."""
-    mixer: Literal["plain"] = "plain"
+    mixer: choice(MIXERS, "plain") = "plain"  # type: ignore[valid-type]
     """How W is applied in a round."""
     combine: Literal["mean"] = "mean"
     """How a neighbourhood becomes one value."""
-    codec: Literal["fp32"] = "fp32"
+    codec: choice(CODECS, "fp32") = "fp32"  # type: ignore[valid-type]
     """What travels."""
     privacy: Literal["none"] = "none"
     """Noise on what is exchanged."""

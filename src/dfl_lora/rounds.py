@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from dfl_lora import blocked
-from dfl_lora.codecs import CODECS, Codec
+from dfl_lora.codecs import Codec
+from dfl_lora.codecs.fp32 import Fp32
 from dfl_lora.combine import COMBINES, Combine, Fault, Inbox
-from dfl_lora.corrections import CORRECTIONS, Correction
+from dfl_lora.corrections import Correction
+from dfl_lora.corrections.none import NoCorrection
 from dfl_lora.graphs import Graph, Topology
 from dfl_lora.learners import Learner, Progress
-from dfl_lora.mixers import MIXERS, Mixer, Values
+from dfl_lora.mixers import Mixer, Values, once
 from dfl_lora.mixing import Mixing, metropolis
 from dfl_lora.networks import Network, Undone
 from dfl_lora.networks.memory import MemoryNetwork
@@ -39,10 +41,15 @@ class Method:
     topology: Topology
     absence: Absence = nobody
     mixing: Mixing = metropolis
-    correction: Correction = CORRECTIONS["none"]
-    mixer: Mixer = MIXERS["plain"]
+    correction: Correction = NoCorrection()
+    mixer: Mixer = once
     combine: Combine = COMBINES["mean"]
-    codec: Codec = CODECS["fp32"]
+    codec: Codec = Fp32()
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        """The vectors that correction and codec keep in each peer."""
+        return (*self.correction.memory, *self.codec.memory)
 
 
 @dataclass
@@ -100,10 +107,10 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
         return cost
     traffic, hosted = Traffic(), {p.id: p for p in peers if p.id not in phase.absent}
     edges = graph.among(frozenset(range(graph.num_peers)) - phase.absent) if phase.absent else graph
-    undone = list[Undone]()
+    undone, lost = list[Undone](), set[int]()
 
     def exchange(values: Values, k: int) -> Values:
-        frames = {i: method.codec.encode(v, hosted[i].memory) for i, v in values.items()}
+        frames = {i: method.codec.encode(v, hosted[i].memory, (i, t, k)) for i, v in values.items()}
         traffic.messages += sum(edges.degree(i) for i in frames)
         traffic.bytes += sum(frame.num_bytes * edges.degree(i) for i, frame in frames.items())
         arrived = network.exchange(t, k, edges, frames)
@@ -115,13 +122,17 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
             decoded = {j: None if f is None else method.codec.decode(f, own) for j, f in received.items()}
             sent = method.codec.decode(frames[i], own) or own
             inbox = Inbox.receive(method.mixing(graph, i), own, sent, decoded)
+            if len(inbox.received) < edges.degree(i):
+                lost.add(i)
             for fault in inbox.refused.values():
                 traffic.refused[fault] = traffic.refused.get(fault, 0) + 1
             combined[i] = method.combine(inbox)
         return combined
 
     outgoing = {i: method.correction.outgoing(p, phase) for i, p in hosted.items()}
-    for i, mixed in method.mixer(outgoing, exchange).items():
+    values = method.mixer(outgoing, exchange, t)
+    phase = replace(phase, lost=frozenset(lost))
+    for i, mixed in values.items():
         method.correction.incoming(hosted[i], phase, mixed)
     take_back(peers, undone, method)
     return traffic
@@ -142,7 +153,7 @@ def mix_at_once(peers: Peers, phase: Phase, graph: Graph, method: Method) -> Tra
         return None
     if not blocked.finite(peers.x, spans, phase.absent):  # such rows are refused, and counted, peer by peer
         return None
-    frame = method.codec.encode(method.correction.outgoing(peers[0], phase), peers[0].memory)
+    frame = method.codec.encode(method.correction.outgoing(peers[0], phase), peers[0].memory, (0, phase.round, 0))
     blocked.apply(sweep, peers.x, blocks)
     return Traffic(frame.num_bytes * sweep.num_messages, sweep.num_messages)
 
@@ -160,17 +171,17 @@ def take_back(peers: Peers, undone: Iterable[Undone], method: Method) -> None:
         own, theirs = method.codec.decode(u.own, now), method.codec.decode(u.theirs, now)
         if own is not None and theirs is not None:
             weight = method.mixing(method.topology(u.round), u.peer).weights[u.neighbour] * gain(
-                method.mixer, u.exchange
+                method.mixer, u.exchange, u.round
             )
             flow = (theirs.flat - own.flat).mul_(weight)
             method.correction.incoming(peer, phase, now.with_flat(now.flat - flow))
 
 
-def gain(mixer: Mixer, exchange: int) -> float:
-    """Returns by how much a mixer multiplies what one exchange adds to the mean; 1 where there is but one."""
+def gain(mixer: Mixer, exchange: int, t: int) -> float:
+    """Returns by how much a mixer multiplies what one exchange of a round adds to the mean; 1 where there is but one."""
     nothing_yet = Tensors(torch.zeros(1, dtype=torch.float64), Layout.of({"mean": ("A", (1,))}))
 
     def add(values: Values, k: int) -> Values:
         return {0: values[0].with_flat(values[0].flat + (k == exchange))}
 
-    return float(mixer({0: nothing_yet}, add)[0].flat.item())
+    return float(mixer({0: nothing_yet}, add, t)[0].flat.item())

@@ -24,12 +24,14 @@ A, B = Roles({"A"}), Roles({"B"})
 
 @dataclass(frozen=True)
 class Phase:
-    """What happens to which roles in one round, and who is absent: neither steps nor exchanges."""
+    """What happens to which roles in one round, who is absent (neither steps nor exchanges), and who lost a message."""
 
     round: int
     trained: Roles
     shared: Roles
     absent: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
+    """Known when what came back is taken in: the peers to which a neighbour's message did not come."""
 
 
 Schedule = Callable[[int], Phase]

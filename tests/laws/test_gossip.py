@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.corrections import CORRECTIONS
+from dfl_lora.corrections.local import Local
 from dfl_lora.graphs import GRAPHS, Graph, complete
 from dfl_lora.measures import consensus, factors
 from dfl_lora.mixers import MIXERS
@@ -30,16 +31,25 @@ InboxOf = Mapping[int, Frame | None]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 EVERY_SCHEDULE = {**SCHEDULES, "alternating(mix=trained)": partial(SCHEDULES["alternating"], mix="trained")}
+LOCAL = Local(lambda i: 3, lambda t: 0.1, False)
+
 every_graph = pytest.mark.parametrize("graph", SEVEN.values(), ids=SEVEN)
 every_schedule = pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 every_head = pytest.mark.parametrize("head", HEADS)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
-every_correction = pytest.mark.parametrize("correction", CORRECTIONS)
+every_method = pytest.mark.parametrize(
+    ("mixer", "correction"),
+    [(mixer, "none") for mixer in MIXERS]
+    + [(mixer, correction) for correction in CORRECTIONS if correction != "none" for mixer in ("plain", "chebyshev")],
+)
 
 
 def make(schedule: str, head: Head, graph: Graph, mixer: str = "plain", correction: str = "none") -> Method:
     return Method(
-        EVERY_SCHEDULE[schedule](head), lambda t: graph, mixer=MIXERS[mixer], correction=CORRECTIONS[correction]
+        EVERY_SCHEDULE[schedule](head),
+        lambda t: graph,
+        mixer=MIXERS[mixer](graph, metropolis, 8),
+        correction=CORRECTIONS[correction](LOCAL),
     )
 
 
@@ -101,8 +111,7 @@ def products(peers: Peers) -> list[Tensor]:
 @every_graph
 @every_schedule
 @every_head
-@every_mixer
-@every_correction
+@every_method
 def test_gossip_preserves_the_mean(
     random_peers: RandomPeers, graph: Graph, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -118,8 +127,7 @@ def test_gossip_preserves_the_mean(
 
 @every_schedule
 @every_head
-@every_mixer
-@every_correction
+@every_method
 def test_what_is_not_shared_stays_to_the_bit(
     random_peers: RandomPeers, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -136,8 +144,7 @@ def test_what_is_not_shared_stays_to_the_bit(
 @every_graph
 @every_schedule
 @every_head
-@every_mixer
-@every_correction
+@every_method
 def test_equal_peers_stay_equal_to_the_bit(
     random_peers: RandomPeers, graph: Graph, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -204,8 +211,7 @@ def test_freeze_a_mixes_products_exactly(random_peers: RandomPeers, graph: Graph
 
 
 @every_graph
-@every_mixer
-@every_correction
+@every_method
 def test_freeze_a_mixes_products_as_if_they_were_exchanged(
     random_peers: RandomPeers, graph: Graph, mixer: str, correction: str
 ) -> None:
@@ -224,8 +230,7 @@ def test_freeze_a_mixes_products_as_if_they_were_exchanged(
 
 @every_graph
 @every_head
-@every_mixer
-@every_correction
+@every_method
 def test_freeze_a_has_one_consensus_error(
     random_peers: RandomPeers, graph: Graph, head: Head, mixer: str, correction: str
 ) -> None:
@@ -257,8 +262,7 @@ def test_lora_moves_the_mean_product(random_peers: RandomPeers, graph: Graph) ->
 
 @every_schedule
 @pytest.mark.parametrize("head", ["private", "frozen"])
-@every_mixer
-@every_correction
+@every_method
 def test_a_private_head_never_leaves(
     random_peers: RandomPeers, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -289,8 +293,7 @@ def test_a_shared_head_does_leave(random_peers: RandomPeers, schedule: str) -> N
 
 
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_peer_does_not_depend_on_who_shares_its_process(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -307,8 +310,7 @@ def test_a_peer_does_not_depend_on_who_shares_its_process(
 
 @every_graph
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_lost_message_gives_its_weight_to_the_receiver(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -330,8 +332,7 @@ def test_a_lost_message_gives_its_weight_to_the_receiver(
 
 @every_graph
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_peer_that_hears_nobody_stays_as_it_was(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -353,8 +354,7 @@ def symmetric_losses() -> Iterator[set[tuple[int, int]]]:
 
 @every_graph
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_losses_in_both_directions_preserve_the_mean(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -369,8 +369,7 @@ def test_losses_in_both_directions_preserve_the_mean(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @every_graph
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_message_that_is_not_finite_stays_with_its_sender(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str, bad: float
 ) -> None:
@@ -410,8 +409,7 @@ def empty(frame: Frame) -> Frame | None:
 
 @pytest.mark.parametrize("spoil", [truncated, of_another_layout, of_another_codec, too_short, empty])
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_malformed_message_counts_as_lost(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str, spoil: Callable[[Frame], Frame | None]
 ) -> None:
@@ -428,8 +426,7 @@ def test_a_malformed_message_counts_as_lost(
 
 
 @every_schedule
-@every_mixer
-@every_correction
+@every_method
 def test_a_stranger_and_an_echo_of_oneself_are_refused(
     random_peers: RandomPeers, schedule: str, mixer: str, correction: str
 ) -> None:

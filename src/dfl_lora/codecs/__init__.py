@@ -1,23 +1,54 @@
-"""Codecs: what travels. A codec turns a vector into a frame and back; its memory lives in the peer."""
+"""Codecs: what travels. A codec turns a vector into a frame and back; its memory lives in the peer.
 
-from collections.abc import Mapping
-from typing import Protocol
+Whatever is lost on the way, the own value enters as it was sent: x_i + sum_j w_ij (q_j - q_i), so the mean stays. A row is
+a function of the run's seed, from which stochastic codecs draw by name: peer, round, exchange. Each is loaded when it is
+made, since a recipe is read without torch.
+"""
 
-from dfl_lora.codecs.fp32 import Fp32
-from dfl_lora.codecs.frames import Frame
-from dfl_lora.tensors import Tensors
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-Memory = Mapping[str, Tensors]
+if TYPE_CHECKING:
+    from dfl_lora.codecs.frames import Frame
+    from dfl_lora.tensors import Tensors
+
+Memory = Mapping[str, "Tensors"]
+Name = tuple[int, int, int]
+"""(peer, round, exchange): what a draw is named by."""
 
 
 class Codec(Protocol):
-    """Encode and decode; `memory` is the sender's own vectors and may be changed in place."""
+    """Encode and decode; `memory` names the sender's own vectors that it keeps, zero at the start."""
 
-    def encode(self, x: Tensors, memory: Memory) -> Frame: ...
+    @property
+    def memory(self) -> Sequence[str]: ...
 
-    def decode(self, frame: Frame, like: Tensors) -> Tensors | None:
+    def encode(self, x: "Tensors", memory: Memory, name: Name) -> "Frame": ...
+
+    def decode(self, frame: "Frame", like: "Tensors") -> "Tensors | None":
         """Returns the vector as it was sent, or None where the frame is not one of the layout of `like`."""
         ...
 
 
-CODECS: dict[str, Codec] = {"fp32": Fp32()}
+def fp32(seed: int) -> Codec:
+    """The vector as it is: lossless, 4 bytes a number."""
+    from dfl_lora.codecs.fp32 import Fp32
+
+    return Fp32()
+
+
+def bf16(seed: int) -> Codec:
+    """Rounded to bfloat16: 2 bytes a number, off by at most 2^-9 of each."""
+    from dfl_lora.codecs.bf16 import Bf16
+
+    return Bf16()
+
+
+def int8(seed: int) -> Codec:
+    """Stochastic rounding to 255 levels of each tensor's largest number: 1 byte a number, unbiased."""
+    from dfl_lora.codecs.int8 import Int8
+
+    return Int8(seed)
+
+
+CODECS: Mapping[str, Callable[..., Codec]] = {"fp32": fp32, "bf16": bf16, "int8": int8}

@@ -1,17 +1,21 @@
 """fp32: the vector as it is. Lossless, 4 bytes a number."""
 
+from dataclasses import dataclass
+
 import torch
 
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.tensors import Tensors
 
 
+@dataclass(frozen=True)
 class Fp32:
     """Sends the flat vector under the one name `x` (in float64 only where the whole run is)."""
 
-    name = "fp32"
+    name: str = "fp32"
+    memory: tuple[str, ...] = ()
 
-    def encode(self, x: Tensors, memory: object) -> Frame:
+    def encode(self, x: Tensors, memory: object, name: object) -> Frame:
         return Frame(self.name, x.layout.digest, {"x": x.flat.cpu()})
 
     def decode(self, frame: Frame, like: Tensors) -> Tensors | None:

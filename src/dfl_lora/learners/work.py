@@ -48,6 +48,14 @@ class LocalWork:
             return self.steps
         return (self.epochs or 1) * shard.num_batches(self.rows_of_step)
 
+    @property
+    def adaptive(self) -> bool:
+        return self.optimizer != "sgd"
+
+    def rate_in(self, round: int) -> float:
+        """Returns the learning rate in the middle of a round."""
+        return self.learning_rate_at(round, 1, 2)
+
     def learning_rate_at(self, round: int, step: int, steps: int) -> float:
         """Returns the learning rate of local step `step` of `steps` in a round, both counted from 0 and 1."""
         progress = min((round - 1 + step / steps) / self.rounds, 1.0)

@@ -1,0 +1,22 @@
+"""D2: decentralised training over decentralised data.
+
+    tau times   x <- x - eta g(x) + c / tau            the step shift, c / tau
+    then        x+ = M x^half,                         c <- c + x+ - x^half
+
+For one step a round this is x_(t+1) = W (2 x_t - x_(t-1) - eta g_t + eta g_(t-1)), the form of the paper: c is what the
+last round moved besides its gradients. For more steps the paper says nothing; c is then spread over them, as in `led`,
+from which this differs in that the whole mix is taken and not half of it.
+Preserved: the mean of x, and sum_i c_i = 0. It needs every eigenvalue of M above -1/3, else it diverges: a recipe whose
+matrix has a lower one is refused (peers.mixing: lazy or laplacian have none below 0).
+
+Source: Tang, Lian, Yan, Zhang, Liu, "D2: Decentralized Training over Decentralized Data", ICML 2018, arXiv 1803.07068;
+the equality of the two forms, and the bound on a ring, are what was checked (tests/laws/test_corrections.py).
+"""
+
+from dfl_lora.corrections.led import ExactDiffusion
+from dfl_lora.corrections.local import Local
+
+
+def d2(local: Local) -> ExactDiffusion:
+    """D2: as led, with the whole mix; needs eigenvalues of W above -1/3. One vector a message."""
+    return ExactDiffusion(local.steps, 1.0)

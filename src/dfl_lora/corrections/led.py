@@ -1,0 +1,51 @@
+"""Local exact diffusion: peers with different data end at the optimum of all, where gossip ends near it.
+
+    tau times   x <- x - eta g(x) - c / tau            the step shift, -c / tau
+    then        x+ = (x^half + M x^half) / 2,          c <- c + x^half - x+
+
+M x is what the mixer makes of an exchange; c starts at zero. One vector travels, as in plain gossip.
+Preserved: the mean of x; sum_i c_i = 0, since M keeps the mean. At a fixed point all x_i agree, c_i / eta is minus the
+peer's own gradient there, and the gradients sum to zero. Lost messages are lost at both ends here, so that the sum stays.
+
+Source: Alghunaim, "Local Exact-Diffusion for Decentralized Optimization and Learning", arXiv 2302.00620; that one step of
+it is exact diffusion, and that fixed point, are what was checked (tests/laws/test_corrections.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dfl_lora.corrections.local import Local
+
+if TYPE_CHECKING:
+    from dfl_lora.peers import Peer
+    from dfl_lora.schedules import Phase
+    from dfl_lora.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class ExactDiffusion:
+    """Takes a share of the mix, and shifts every later step by what the whole of it moved; `d2` takes all of it."""
+
+    steps: Callable[[int], int]
+    share: float
+    memory: tuple[str, ...] = ("step_shift",)
+
+    def outgoing(self, peer: "Peer", phase: "Phase") -> "Tensors":
+        return peer.adapter.select(phase.shared)
+
+    def incoming(self, peer: "Peer", phase: "Phase", mixed: "Tensors") -> None:
+        corrected, x = phase.trained & phase.shared, peer.adapter.select(phase.shared)
+        moved = x.with_flat(mixed.flat - x.flat).select(corrected)
+        moved.flat.mul_(self.share)
+        taken = x.select(corrected)
+        taken = taken.with_flat(taken.flat + moved.flat)
+        shift = peer.memory["step_shift"].select(corrected)
+        peer.memory["step_shift"].assign(corrected, shift.with_flat(shift.flat + moved.flat / self.steps(peer.id)))
+        peer.adapter.assign(phase.shared, mixed)
+        peer.adapter.assign(corrected, taken)
+
+
+def led(local: Local) -> ExactDiffusion:
+    """Local exact diffusion: each local step is shifted by what the rounds so far took away. One vector a message."""
+    return ExactDiffusion(local.steps, 0.5)

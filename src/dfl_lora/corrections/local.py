@@ -1,0 +1,16 @@
+"""What a correction may know of the local steps: how many there are, and how long."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Local:
+    """The local work of a federation, as far as a correction may ask."""
+
+    steps: Callable[[int], int]
+    """tau_i: the local steps of a peer in each round."""
+    rate: Callable[[int], float]
+    """eta: the learning rate in the middle of a round."""
+    adaptive: bool
+    """Whether the optimiser divides by what it has seen (Adam), so that a step says nothing of a gradient's length."""

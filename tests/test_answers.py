@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dfl_lora.data.answers import GOLD, canonical, final_number, gold_number
-from dfl_lora.data.formats import FINAL_ANSWER
+from dfl_lora.data.answers import canonical, final_number, gold_number
+from dfl_lora.data.formats import FINAL_ANSWER, GOLD
 from dfl_lora.data.sources import load_rows
 
 REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")

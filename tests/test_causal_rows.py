@@ -84,7 +84,7 @@ def test_of_each_token_the_next_one_is_learnt_where_it_is_of_the_completion_or_t
     assert made.source.targets is not None and made.source.targets.tolist() == [-100, -100, C, D, END, -100]
     assert made.source.targets.dtype == made.source.columns["input_ids"].dtype == np.int32
     assert (made.format, made.kept.tolist(), made.bad, made.num_cut) == ("prompt_completion", [0], {}, 0)
-    assert made.texts == ["abcd"] and made.source.labels.tolist() == [0]
+    assert made.contents == ["ab\ncd"] and made.source.labels.tolist() == [0]
 
 
 def test_a_batch_of_rows_has_the_targets_of_each_token_and_is_padded_with_the_end() -> None:
@@ -129,7 +129,7 @@ def test_a_conversation_has_the_tokens_of_its_template_and_no_others(form: str) 
         "<s>user: ab</s><s>assistant: «c</s>»<s>user: a</s><s>assistant: «d</s>»"
     )
     whole = "<s>user: ab</s><s>assistant: c</s><s>user: a</s><s>assistant: d</s>"
-    assert made.texts == [whole]
+    assert made.contents == ["ab\nc\na\nd\nnot read"]
     assert made.source.columns["input_ids"].tolist() == codes(whole)
 
 
@@ -163,7 +163,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
 def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
     tokenizer = bytes_tokenizer(DATED)
     made = tokenization(tokenizer).rows(Dataset.from_dict({"messages": [TURNS[:2]]}), "here")
-    assert made.texts == ["26 Jul 2024<s>user: ab</s><s>assistant: c</s>"]
+    assert render(tokenizer, made.source, 0) == "26 Jul 2024<s>user: ab</s><s>assistant: «c</s>»"
 
 
 def test_plain_text_needs_an_end_and_a_conversation_does_not() -> None:
@@ -199,7 +199,7 @@ def test_rows_are_cut_on_the_side_that_the_recipe_says(
     made = tokenization(max_length=max_length, side=side).rows(pairs(("ab", "cd")), "here")
     assert made.source.columns["input_ids"].tolist() == ids
     assert made.source.targets is not None and made.source.targets.tolist() == targets
-    assert made.num_cut == (max_length < 6) and made.texts == ["abcd"] and made.source.max_length == max_length
+    assert made.num_cut == (max_length < 6) and made.contents == ["ab\ncd"] and made.source.max_length == max_length
 
 
 MIXED = (("a", "b"), ("abc", "d"), ("a", " "), ("a", "bcd"), (None, "b"), ("abcd", "d"), ("a", "c"))
@@ -230,7 +230,7 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so() -> None:
     made = how.rows(pairs(*MIXED), "here")
     assert made.kept.dtype == np.int64 and made.kept.tolist() == [0, 3, 6]
     assert made.bad == {FILLED: 2, EMPTY: 1, NO_TEXT: 1} and made.num_cut == 1
-    assert made.texts == ["ab", "abcd", "ac"] and made.source.lengths.tolist() == [4, 4, 4]
+    assert made.contents == ["a\nb", "a\nbcd", "a\nc"] and made.source.lengths.tolist() == [4, 4, 4]
     assert [render(how.tokenizer, made.source, row) for row in range(3)] == ["<s>a«b</s>»", "<s>a«bc»", "<s>a«c</s>»"]
 
 

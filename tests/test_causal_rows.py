@@ -19,9 +19,8 @@ from dfl_lora.data.causal import CausalRows, CausalTokenization, opening_tokens,
 from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED
 from dfl_lora.data.sources import load_rows
 from dfl_lora.errors import UserError
+from real import real
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-STORIES = REAL / "models" / "stories260K-llama"
 START, END = 0, 1
 TEMPLATE = (
     "{% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
@@ -315,22 +314,15 @@ def test_a_cut_row_is_a_part_of_the_whole_one(rows: Sequence[tuple[str, str]], m
         assert [(t, trained) for ids, trained in trained_spans(cut.source, row) for t in ids] == flat
 
 
-needs_models = pytest.mark.skipif(
-    not STORIES.is_dir(), reason=f"no real data in {REAL}: set DFL_LORA_DATA to a folder with models/stories260K-llama"
-)
+def real_rows(table: str, split: str) -> tuple[CausalTokenization, Dataset]:
+    """Returns rows of real data, and how the real model's tokenizer reads them."""
+    model, folder = real("models/stories260K-llama", table)
+    return tokenization(AutoTokenizer.from_pretrained(model), max_length=4096), load_rows(str(folder), None, split)
 
 
-def real(table: str, split: str) -> tuple[CausalTokenization, Dataset]:
-    if not (REAL / table).is_dir():
-        pytest.skip(f"no real data in {REAL}: set DFL_LORA_DATA to a folder with {table}")
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    return tokenization(tokenizer, max_length=4096), load_rows(str(REAL / table), None, split)
-
-
-@needs_models
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
-    how, rows = real("gsm8k", split)
+    how, rows = real_rows("gsm8k", split)
     made = how.rows(rows, "gsm8k")
     assert (made.format, made.bad, made.num_cut) == ("question_answer", {}, 0)
     assert made.kept.tolist() == list(range(count))
@@ -341,7 +333,6 @@ def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
         assert "The final answer is: " in how.tokenizer.decode(answer)
 
 
-@needs_models
 @pytest.mark.parametrize(
     ("table", "split", "form", "count"),
     [
@@ -351,15 +342,14 @@ def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
     ],
 )
 def test_every_row_of_other_real_tables_is_learnt(table: str, split: str, form: str, count: int) -> None:
-    how, rows = real(table, split)
+    how, rows = real_rows(table, split)
     made = how.rows(rows, table)
     assert (made.format, made.bad, len(made.kept), made.num_cut) == (form, {}, count, 0)
     assert render(how.tokenizer, made.source, 0).endswith("</s>»")
 
 
-@needs_models
 def test_stories_are_cut_to_what_the_model_reads() -> None:
-    how, rows = real("tinystories", "train")
+    how, rows = real_rows("tinystories", "train")
     whole = how.rows(rows, "tinystories").source.lengths
     made = replace(how, max_length=256).rows(rows, "tinystories")
     assert made.source.lengths.tolist() == np.minimum(whole, 256).tolist()

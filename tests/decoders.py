@@ -1,8 +1,10 @@
-"""Tiny decoders with random weights, and random rows of tokens of which a part is learnt."""
+"""Tiny decoders with random weights, random rows of tokens of which a part is learnt, and recipes on little texts."""
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "gemma3": ("q_proj", "gate_proj"), "phi3": ("qkv_proj", "down_proj"), "gpt2": ("c_attn", "c_fc"),
 }  # fmt: skip
 """Families of decoders, and modules that carry LoRA in the tests."""
+STORIES = ("the cat sat on the mat.", "a dog ran after the ball all day long.", "we went home.", "it rained.")
 
 
 def decoder_of(family: str) -> PreTrainedModel:
@@ -120,3 +123,26 @@ def causal_peers(sizes: Sequence[int], lengths: tuple[int, int] = (4, 30), seed:
     """Returns peers 0, 1, ... with the given numbers of rows, of a length in `lengths` each, and validation rows."""
     drawn = numpy_stream(seed, "lengths").integers(lengths[0], lengths[1] + 1, sum(sizes) + 8)
     return shared_out(causal_rows(drawn.tolist(), seed), sizes)
+
+
+def texts(number: int) -> list[dict[str, str]]:
+    return [{"text": f"{i} {STORIES[i % 4]} {STORIES[(i * 7 + 1) % 4]}"} for i in range(number)]
+
+
+def recipe(folder: Path, family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Returns a recipe of three peers on a tiny decoder and 40 texts."""
+    for name, number in (("train", 40), ("validation", 8)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts(number)))
+    content: dict[str, Any] = {
+        "name": "tiny", "model": {"name_or_path": str(write_decoder(family, folder / "model"))},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]},
+        "task": {"kind": "causal_lm", "max_length": 64},
+        "data": {"path": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
+                 "partition": {"kind": "length", "groups": 3, "alpha": 0.5, "min_size": 5}},
+        "peers": {"num_peers": 3, "topology": "ring"},
+        "train": {"rounds": 2, "local": {"steps": 2}, "batch_size": 4, "learning_rate": 1e-2},
+        "compute": {"dtype": "float32", "threads": 1},
+    }  # fmt: skip
+    for part, keys in changes.items():
+        content[part] = content.get(part, {}) | keys
+    return content

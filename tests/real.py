@@ -1,4 +1,4 @@
-"""Real data, where it is at hand: the folder that DFL_LORA_DATA names, or ../shared/data. Never copied."""
+"""Real data, where it is at hand: in the folder that DFL_LORA_DATA names, or in ../shared/data. It is never copied."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 DATA = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
-def data(*parts: str) -> list[Path]:
+def real(*parts: str) -> list[Path]:
     """Returns places below the folder of real data; skips the test where one is not there."""
     missing = [part for part in parts if not (DATA / part).exists()]
     if missing:

@@ -1,18 +1,11 @@
 """The final number of an answer: what counts where the phrase is said, and where it is not."""
 
-import os
-from pathlib import Path
-
 import pytest
 
-from dfl_lora.data.answers import GOLD, canonical, final_number, gold_number
-from dfl_lora.data.formats import FINAL_ANSWER
+from dfl_lora.data.answers import canonical, final_number, gold_number
+from dfl_lora.data.formats import FINAL_ANSWER, GOLD
 from dfl_lora.data.sources import load_rows
-
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_gsm8k = pytest.mark.skipif(
-    not (REAL / "gsm8k").is_dir(), reason=f"no real data in {REAL}: set DFL_LORA_DATA to a folder with gsm8k/"
-)
+from real import real
 
 
 @pytest.mark.parametrize(("text", "number"), [
@@ -78,10 +71,10 @@ def test_a_gold_answer_ends_with_its_number(answer: str, number: str | None) -> 
     assert gold_number(answer) == number
 
 
-@needs_gsm8k
 @pytest.mark.parametrize(("split", "num_rows"), [("train", 7_473), ("test", 1_319)])
 def test_every_answer_of_gsm8k_as_it_is_trained_comes_to_its_gold_number(split: str, num_rows: int) -> None:
-    answers = [str(answer) for answer in load_rows(str(REAL / "gsm8k"), "main", split)["answer"]]
+    (folder,) = real("gsm8k")
+    answers = [str(answer) for answer in load_rows(str(folder), "main", split)["answer"]]
     golds = [gold_number(answer) for answer in answers]
     plain = [canonical(answer.rpartition(GOLD)[2].strip()) for answer in answers]
     assert len(answers) == num_rows and golds == plain

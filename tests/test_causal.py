@@ -211,7 +211,7 @@ def test_learnt_tokens_lie_in_blocks_of_their_peer() -> None:
 
 def test_the_output_layer_carries_no_lora(tmp_path: Path) -> None:
     base = load_tiny(write_decoder("llama", tmp_path))
-    with pytest.raises(UserError, match="'lm_head' is the output layer"):
+    with pytest.raises(UserError, match="'lm_head' belongs to the output"):
         place(base.model, base.prefix, Lora(("q_proj", "lm_head"), 4, 8), head=False)
     everything = place(base.model, base.prefix, Lora("all-linear", 4, 8), head=False)
     assert "lm_head" not in everything.modules and not everything.head and len(everything.modules) == 14

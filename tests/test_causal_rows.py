@@ -19,9 +19,8 @@ from dfl_lora.data.causal import CausalRows, CausalTokenization, opening_tokens,
 from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED
 from dfl_lora.data.sources import load_rows
 from dfl_lora.errors import UserError
+from real import real
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-STORIES = REAL / "models" / "stories260K-llama"
 START, END = 0, 1
 TEMPLATE = (
     "{% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
@@ -84,7 +83,7 @@ def test_of_each_token_the_next_one_is_learnt_where_it_is_of_the_completion_or_t
     assert made.source.targets is not None and made.source.targets.tolist() == [-100, -100, C, D, END, -100]
     assert made.source.targets.dtype == made.source.columns["input_ids"].dtype == np.int32
     assert (made.format, made.kept.tolist(), made.bad, made.num_cut) == ("prompt_completion", [0], {}, 0)
-    assert made.texts == ["abcd"] and made.source.labels.tolist() == [0]
+    assert made.contents == ["ab\ncd"] and made.source.labels.tolist() == [0]
 
 
 def test_a_batch_of_rows_has_the_targets_of_each_token_and_is_padded_with_the_end() -> None:
@@ -129,7 +128,7 @@ def test_a_conversation_has_the_tokens_of_its_template_and_no_others(form: str) 
         "<s>user: ab</s><s>assistant: «c</s>»<s>user: a</s><s>assistant: «d</s>»"
     )
     whole = "<s>user: ab</s><s>assistant: c</s><s>user: a</s><s>assistant: d</s>"
-    assert made.texts == [whole]
+    assert made.contents == ["ab\nc\na\nd\nnot read"]
     assert made.source.columns["input_ids"].tolist() == codes(whole)
 
 
@@ -163,7 +162,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
 def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
     tokenizer = bytes_tokenizer(DATED)
     made = tokenization(tokenizer).rows(Dataset.from_dict({"messages": [TURNS[:2]]}), "here")
-    assert made.texts == ["26 Jul 2024<s>user: ab</s><s>assistant: c</s>"]
+    assert render(tokenizer, made.source, 0) == "26 Jul 2024<s>user: ab</s><s>assistant: «c</s>»"
 
 
 def test_plain_text_needs_an_end_and_a_conversation_does_not() -> None:
@@ -199,7 +198,7 @@ def test_rows_are_cut_on_the_side_that_the_recipe_says(
     made = tokenization(max_length=max_length, side=side).rows(pairs(("ab", "cd")), "here")
     assert made.source.columns["input_ids"].tolist() == ids
     assert made.source.targets is not None and made.source.targets.tolist() == targets
-    assert made.num_cut == (max_length < 6) and made.texts == ["abcd"] and made.source.max_length == max_length
+    assert made.num_cut == (max_length < 6) and made.contents == ["ab\ncd"] and made.source.max_length == max_length
 
 
 MIXED = (("a", "b"), ("abc", "d"), ("a", " "), ("a", "bcd"), (None, "b"), ("abcd", "d"), ("a", "c"))
@@ -230,7 +229,7 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so() -> None:
     made = how.rows(pairs(*MIXED), "here")
     assert made.kept.dtype == np.int64 and made.kept.tolist() == [0, 3, 6]
     assert made.bad == {FILLED: 2, EMPTY: 1, NO_TEXT: 1} and made.num_cut == 1
-    assert made.texts == ["ab", "abcd", "ac"] and made.source.lengths.tolist() == [4, 4, 4]
+    assert made.contents == ["a\nb", "a\nbcd", "a\nc"] and made.source.lengths.tolist() == [4, 4, 4]
     assert [render(how.tokenizer, made.source, row) for row in range(3)] == ["<s>a«b</s>»", "<s>a«bc»", "<s>a«c</s>»"]
 
 
@@ -315,22 +314,15 @@ def test_a_cut_row_is_a_part_of_the_whole_one(rows: Sequence[tuple[str, str]], m
         assert [(t, trained) for ids, trained in trained_spans(cut.source, row) for t in ids] == flat
 
 
-needs_models = pytest.mark.skipif(
-    not STORIES.is_dir(), reason=f"no real data in {REAL}: set DFL_LORA_DATA to a folder with models/stories260K-llama"
-)
+def real_rows(table: str, split: str) -> tuple[CausalTokenization, Dataset]:
+    """Returns rows of real data, and how the real model's tokenizer reads them."""
+    model, folder = real("models/stories260K-llama", table)
+    return tokenization(AutoTokenizer.from_pretrained(model), max_length=4096), load_rows(str(folder), None, split)
 
 
-def real(table: str, split: str) -> tuple[CausalTokenization, Dataset]:
-    if not (REAL / table).is_dir():
-        pytest.skip(f"no real data in {REAL}: set DFL_LORA_DATA to a folder with {table}")
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    return tokenization(tokenizer, max_length=4096), load_rows(str(REAL / table), None, split)
-
-
-@needs_models
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
-    how, rows = real("gsm8k", split)
+    how, rows = real_rows("gsm8k", split)
     made = how.rows(rows, "gsm8k")
     assert (made.format, made.bad, made.num_cut) == ("question_answer", {}, 0)
     assert made.kept.tolist() == list(range(count))
@@ -341,7 +333,6 @@ def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
         assert "The final answer is: " in how.tokenizer.decode(answer)
 
 
-@needs_models
 @pytest.mark.parametrize(
     ("table", "split", "form", "count"),
     [
@@ -351,15 +342,14 @@ def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
     ],
 )
 def test_every_row_of_other_real_tables_is_learnt(table: str, split: str, form: str, count: int) -> None:
-    how, rows = real(table, split)
+    how, rows = real_rows(table, split)
     made = how.rows(rows, table)
     assert (made.format, made.bad, len(made.kept), made.num_cut) == (form, {}, count, 0)
     assert render(how.tokenizer, made.source, 0).endswith("</s>»")
 
 
-@needs_models
 def test_stories_are_cut_to_what_the_model_reads() -> None:
-    how, rows = real("tinystories", "train")
+    how, rows = real_rows("tinystories", "train")
     whole = how.rows(rows, "tinystories").source.lengths
     made = replace(how, max_length=256).rows(rows, "tinystories")
     assert made.source.lengths.tolist() == np.minimum(whole, 256).tolist()

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from decoders import write_decoder
+from decoders import recipe
 from dfl_lora.build import build
 from dfl_lora.data.batches import TokenSource
 from dfl_lora.fitting import fitted, largest
@@ -23,30 +23,6 @@ from encoders import equal_bits
 from tiny import call, written
 
 ROOT = Path(__file__).parents[1]
-STORIES = ("the cat sat on the mat.", "a dog ran after the ball all day long.", "we went home.", "it rained.")
-
-
-def rows(number: int) -> list[dict[str, str]]:
-    return [{"text": f"{i} {STORIES[i % 4]} {STORIES[(i * 7 + 1) % 4]}"} for i in range(number)]
-
-
-def recipe(folder: Path, family: str = "llama", **changes: Any) -> dict[str, Any]:
-    """Returns a recipe of three peers on a tiny decoder and 40 texts."""
-    for name, number in (("train", 40), ("validation", 8)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(number)))
-    content: dict[str, Any] = {
-        "name": "tiny", "model": {"name_or_path": str(write_decoder(family, folder / "model"))},
-        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]},
-        "task": {"kind": "causal_lm", "max_length": 64},
-        "data": {"path": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
-                 "partition": {"kind": "length", "groups": 3, "alpha": 0.5, "min_size": 5}},
-        "peers": {"num_peers": 3, "topology": "ring"},
-        "train": {"rounds": 2, "local": {"steps": 2}, "batch_size": 4, "learning_rate": 1e-2},
-        "compute": {"dtype": "float32", "threads": 1},
-    }  # fmt: skip
-    for part, keys in changes.items():
-        content[part] = content.get(part, {}) | keys
-    return content
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,13 +22,10 @@ from dfl_lora.evaluating import config_for, order_of
 from dfl_lora.models.base import load_tokenizer, locate, quiet
 from dfl_lora.models.generation import Sampling, generate, load_causal
 from dfl_lora.trained import Trained
+from real import real
 from speaking import ROWS, TEMPLATE, write_adapter, write_llama, write_questions, write_run
 from tiny import ONE_THREAD, call, files_of, written
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_data = pytest.mark.skipif(
-    not (REAL / "glue").is_dir(), reason=f"no real data in {REAL}: set DFL_LORA_DATA to a folder with glue/ and gsm8k/"
-)
 NEW = 24
 SHORT = ("--max-new-tokens", NEW)
 
@@ -199,14 +195,14 @@ def test_labels_are_matched_by_their_names_where_they_have_some(own: tuple[str, 
         order_of(replace(trained, labels=("good", "bad")), "qnli", ("entailment", "not_entailment"), 2)
 
 
-@needs_data
 def test_of_real_data_with_several_configurations_that_of_the_task_is_taken(
     text_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert config_for(str(REAL / "gsm8k"), "gsm8k") is None
-    result = result_of(capsys, text_run, "--task", "sst2", "--data", REAL / "glue", "--consensus", "--limit", 40)
+    gsm8k, glue = real("gsm8k", "glue")
+    assert config_for(str(gsm8k), "gsm8k") is None
+    result = result_of(capsys, text_run, "--task", "sst2", "--data", glue, "--consensus", "--limit", 40)
     assert result["rows"] == 40 and 0 < result["accuracy"]["consensus"] < 1
-    assert call("eval", text_run, "--task", "rte", "--data", REAL / "glue") == 2
+    assert call("eval", text_run, "--task", "rte", "--data", glue) == 2
     said = capsys.readouterr().err
     assert "has the configurations sst2, qnli, mnli" in said and "--config" in said
 

@@ -1,6 +1,5 @@
 """Generation: who shares a pass changes nothing, and a real model goes on as it is known to."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,9 @@ from dfl_lora.models.base import Files, load_tokenizer, locate
 from dfl_lora.models.generation import DRAWN, Draws, Sampling, generate, load_causal
 from dfl_lora.models.plain import worn_in_turn
 from dfl_lora.streams import torch_stream
+from real import real
 from speaking import POSITIONS, TEMPLATE, write_adapter, write_llama
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-STORIES = REAL / "models" / "stories260K-llama"
-needs_stories = pytest.mark.skipif(
-    not STORIES.is_dir(), reason=f"no real model in {STORIES}: set DFL_LORA_DATA to a folder with models/"
-)
 SHORT = Sampling(max_new_tokens=24)
 TEXTS = ("a", "Once upon a time there was", "18", "A question of some length: what is 3 times 6?", "", "zz", "why?")
 
@@ -133,17 +128,17 @@ def test_prompts_are_spelt_as_in_training(tmp_path: Path) -> None:
     assert tokenizer.decode(turns_tokens(tokenizer, turns)) == "user: Hi\nassistant: 18\nuser: ?\nassistant: "
 
 
-def stories(adapter: Path | None, prompts: Sequence[str]) -> list[str]:
-    files = locate(str(STORIES))
+def stories(model: Path, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
+    files = locate(str(model))
     tokenizer = load_tokenizer(files)
     tokens = [text_tokens(tokenizer, prompt) for prompt in prompts]
     return [one.text for one in generate(load_causal(files, adapter), tokenizer, tokens, Sampling())]
 
 
-@needs_stories
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_real_model_goes_on_as_it_is_known_to(fresh: bool, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "fresh", STORIES, seed=None) if fresh else None
-    golden = (STORIES / "GOLDEN_greedy_256.txt").read_text()
-    first, other = stories(adapter, ["", "One day, a dog"])
+    (model,) = real("models/stories260K-llama")
+    adapter = write_adapter(tmp_path / "fresh", model, seed=None) if fresh else None
+    golden = (model / "GOLDEN_greedy_256.txt").read_text()
+    first, other = stories(model, adapter, ["", "One day, a dog"])
     assert first == golden and len(other) > 100

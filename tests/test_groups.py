@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -23,8 +22,8 @@ from dfl_lora.data.sources import load_rows
 from dfl_lora.data.splits import joined_texts
 from dfl_lora.errors import UserError
 from dfl_lora.reading import parse
+from real import real
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 KITCHEN = ["oven", "bread", "flour", "butter", "sugar", "salt", "bake", "knead", "dough", "cake", "yeast", "spoon"]
 SEA = ["boat", "sail", "harbour", "wave", "captain", "anchor", "storm", "deck", "mast", "sailor", "island", "tide"]
 
@@ -215,16 +214,10 @@ def test_more_groups_than_the_rows_can_make_are_one_clear_error(way: str) -> Non
         BY_GROUP[way](table, 2, 0, 1)
 
 
-def real(name: str) -> list[str]:
-    """The texts of a real data set, or a test that is skipped."""
-    if not (REAL / name).is_dir():
-        pytest.skip(f"no real data in {REAL}: set DFL_LORA_DATA to a folder with {name}/")
-    return joined_texts(load_rows(str(REAL / name), None, "train"), None, name)
-
-
 @pytest.mark.parametrize("name", ["gsm8k", "tinystories"])
 def test_real_texts_fall_into_ten_groups_and_those_are_skewed_by_alpha(name: str) -> None:
-    table = table_of(real(name))
+    (folder,) = real(name)
+    table = table_of(joined_texts(load_rows(str(folder), None, "train"), None, name))
     assert table.texts is not None
     long, topics = groups_by("length", table), groups_by("topic", table)
     sizes, of_topics = sizes_of(long), sizes_of(topics)

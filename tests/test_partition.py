@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -354,6 +355,7 @@ def test_a_partition_of_other_data_is_one_clear_error(tmp_path: Path) -> None:
     for other, num_peers, words in (
         (table, 4, "to 3 peers, not 4"),
         (rows_of(13), 3, "a table of 12 rows, not 13"),
+        (table_of(np.zeros(12)), 3, "counts other labels"),
         (rows_of(12, 3), 3, "counts other labels"),
     ):
         with pytest.raises(UserError, match=words):
@@ -367,7 +369,7 @@ def test_a_partition_of_other_data_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_rows_that_were_shared_out_by_group_are_saved_rows_where_there_are_no_labels_to_compare(tmp_path: Path) -> None:
-    table = rows_of(120, 1)
+    table = replace(rows_of(120, 1), labelled=False)
     parts = topic(table, 4, 0, 5, groups=3)
     path = kept(tmp_path, table, parts, counts=[[1, 2, len(part) - 3] for part in parts])
     assert same(saved(table, 4, 0, 5, path=str(path)), parts)

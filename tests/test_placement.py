@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from dfl_lora.errors import UserError
-from dfl_lora.models.placement import INITS, Lora, place
+from dfl_lora.models.placement import INITS, Lora, match, place
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.streams import torch_stream
 
@@ -42,3 +43,21 @@ def test_the_signs_of_orthonormal_rows_are_drawn_too() -> None:
 def test_a_rank_above_the_inputs_has_no_orthonormal_rows() -> None:
     with pytest.raises(UserError, match=r"at most the 8 inputs .* lora.r is 9; use a smaller rank or init kaiming"):
         INITS["orthonormal"](9, 8, torch_stream(0, "A"))
+
+
+@pytest.fixture(scope="module")
+def mixture() -> MixtralForCausalLM:
+    """A model whose experts are one module of fused weights, on which PEFT puts layers within layers."""
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(**shape, **heads))
+
+
+def test_what_is_matched_is_a_module_of_the_model(mixture: MixtralForCausalLM) -> None:
+    matched = match(mixture, Lora("all-linear"))
+    assert "model.layers.0.mlp.experts" in matched and matched <= {name for name, _ in mixture.named_modules()}
+
+
+def test_of_several_modules_that_carry_no_lora_the_first_by_name_is_told(mixture: MixtralForCausalLM) -> None:
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.experts'.*MixtralExperts"):
+        place(mixture, "model", Lora("all-linear"), head=False)

@@ -1,7 +1,6 @@
 """Splits on disk: every partition by name, folders that appear together, and what is shown of them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from dfl_lora.data.shares import shares
 from dfl_lora.data.splits import View, chart, joined_texts, label_columns, read_client, read_split, table
 from dfl_lora.errors import UserError
+from real import real
 from tiny import call, labelled
 
 ROWS = 90
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +169,9 @@ def test_rows_without_any_text_are_shown_by_their_number_alone(
 def test_the_real_gsm8k_is_split_without_naming_its_only_configuration(
     split_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not (REAL / "gsm8k").is_dir():
-        pytest.skip(f"no real data in {REAL}: set DFL_LORA_DATA to a folder with gsm8k/")
+    (folder,) = real("gsm8k")
     words = ("--num_clients", 7, "--split_type", split_type, "--min_size", 50)
-    assert call("split", "gsm8k", "--dataset_path", REAL / "gsm8k", "--output_path", tmp_path, *words) == 0
+    assert call("split", "gsm8k", "--dataset_path", folder, "--output_path", tmp_path, *words) == 0
     capsys.readouterr()
     view = ("view-split", "--base_path", tmp_path, "--num_clients", 7, "--dataset_type", "gsm8k", "--json")
     assert call(*view) == 0

@@ -20,9 +20,9 @@ from dfl_lora.data.tasks import Tokenization, common_names, label_ids, label_nam
 from dfl_lora.errors import UserError
 from dfl_lora.metrics import METRICS
 from encoders import tokenizer_of
+from real import real
 from tiny import labelled
 
-REAL = Path(os.environ.get("DFL_LORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 SENTENCE = Columns(("sentence",))
 NAMED = Columns(("sentence",), names=("bad", "good", "neither"))
 TRAIN = labelled(12)
@@ -268,16 +268,13 @@ def test_pairs_are_read_together_with_their_types(cache: Path) -> None:
     assert source.labels.tolist() == [1] and source.lengths.tolist() == [8]
 
 
-@pytest.mark.skipif(
-    not (REAL / "glue").is_dir(), reason=f"no real data in {REAL}: set DFL_LORA_DATA to a folder with glue/"
-)
 @pytest.mark.parametrize(
     ("task", "train", "validation"), [("sst2", 67_349, 872), ("qnli", 4_463, 1_000), ("mnli", 8_466, 2_002)]
 )
 def test_real_tasks_are_read_with_all_their_rows_and_labels(task: str, train: int, validation: int) -> None:
-    columns = TASKS[task]
+    (folder,), columns = real("glue"), TASKS[task]
     for split, num_rows in (("train", train), ("validation", validation)):
-        rows = load_rows(str(REAL / "glue"), task, split)
+        rows = load_rows(str(folder), task, split)
         assert len(rows) == num_rows and set(columns.text) <= set(rows.column_names)
         names = label_names(rows, columns, task)
         assert len(set(label_ids(rows, columns, names, task).tolist())) == len(names)

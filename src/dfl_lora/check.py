@@ -11,6 +11,7 @@ from dfl_lora.build import Federation, build
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.data.batches import TokenSource
 from dfl_lora.data.causal import render
+from dfl_lora.fitting import fitted
 from dfl_lora.graphs import Graph
 from dfl_lora.memory import Estimate, estimate
 from dfl_lora.models.base import load_tokenizer
@@ -78,6 +79,8 @@ class Check:
     """What a peer holds of its own, by role, and what is frozen and common to all."""
     sent: Sent
     memory: Estimate
+    carried: str
+    """What adapters hold beside LoRA and heads, since the published base lacks it; empty where that is nothing."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns pure data; null where a number is not finite, since JSON has no word for it."""
@@ -91,12 +94,13 @@ class Check:
             "numbers": dict(self.numbers),
             "sent": asdict(self.sent),
             "memory": self.memory.as_json(),
+            "carried": self.carried,
         }
 
 
 def check(recipe: Recipe) -> Check:
     """Returns what is known of a recipe; raises as a run would where it cannot run."""
-    federation = build(recipe)
+    federation = fitted(build(recipe), recipe)
     return Check(
         federation.recipe,
         federation.digest,
@@ -106,6 +110,7 @@ def check(recipe: Recipe) -> Check:
         numbers(federation),
         sent(federation),
         estimate(federation),
+        federation.export.carried if federation.export else "",
     )
 
 

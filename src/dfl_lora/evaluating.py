@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset, get_dataset_config_names
 from torch.nn import functional as F
 
-from dfl_lora.data.answers import GOLD, final_number, gold_number
+from dfl_lora.data.answers import final_number, gold_number
 from dfl_lora.data.batches import Shard, TokenSource, evaluation_batches
+from dfl_lora.data.formats import GOLD
 from dfl_lora.data.glance import glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import SAVED

@@ -24,7 +24,7 @@ def fitted(federation: Federation, asked: Recipe, available: int | None = None) 
     free = machine.available_memory() if available is None else available
     if roughly(learner) + f.peers.x.nbytes < free // 2:
         return federation
-    while estimate(f, available).total > free and largest(f) > 1:
+    while (needed := estimate(f, available)).total > needed.available and largest(f) > 1:
         learner.group_tokens //= 2
     compute = f.recipe.compute.model_copy(update={"group_tokens": learner.group_tokens})
     return replace(f, recipe=f.recipe.model_copy(update={"compute": compute}))

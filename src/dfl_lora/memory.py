@@ -334,15 +334,20 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.known |= {storage._cdata for storage in storages((args, kwargs))}  # what was there before counts nothing
+        self.meet(storages((args, kwargs)), new=False)  # what was there before counts nothing
         result = func(*args, **(kwargs or {}))
-        for storage in storages(result):
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.count(storage.nbytes())
-                finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.meet(storages(result), new=True)
         self.peaks = [max(pair) for pair in zip(self.peaks, self.now, strict=True)]
         return result
+
+    def meet(self, found: Sequence[torch.UntypedStorage], *, new: bool) -> None:
+        """Counts storages where they are `new`, and until they die: their addresses are used again."""
+        for storage in found:
+            if storage._cdata not in self.known:
+                size = storage.nbytes() if new else 0
+                self.known.add(storage._cdata)
+                self.count(size)
+                finalize(storage, self.free, storage._cdata, size)
 
     def count(self, size: int) -> None:
         self.now = [self.now[0] + size, self.now[1] + (size if abs(size) < self.large else 0)]

@@ -19,6 +19,7 @@ from dfl_lora.models.folder import check_room
 from dfl_lora.preflight import (
     TOY_HELD_OUT,
     check_partition,
+    held_out_split,
     no_column,
     partition_seed,
     share_out,
@@ -120,22 +121,14 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
     tables, task = tables_of(recipe, hosted), recipe.task
     limit = min(task.max_length, bases.max_tokens(files, task.kind))
     tokenizer, digest = bases.load_tokenizer(files, task.tokens), f"{files.tokenizer} {task.tokens or ''}"
+    if task.tokens and len(tokenizer) == len(bases.load_tokenizer(files)):
+        raise UserError("task.tokens seed has no effect on this base, whose tokenizer lacks none of them; remove it.")
     tokens = CausalTokenization(tokenizer, digest, limit, task.truncation_side, task.format, task.bad_rows)
     read = {i: tokens.rows(rows, tables.paths[i]) for i, rows in tables.rows.items()}
     names: tuple[str, ...] = ("rows",)
     labels = {i: np.zeros(len(own.kept), dtype=np.int64) for i, own in read.items()}
     if tables.shared:
-        own, rows = read[0], tables.rows[0].select(read[0].kept)
-        whole = partition.Table(
-            labels[0], lambda name: sources.column(rows, name, tables.paths[0]), lambda: own.source.lengths,
-            lambda: own.texts,
-        )  # fmt: skip
-        how = recipe.data.partition
-        groups = partition.grouped(how, whole, partition_seed(recipe))
-        if groups is not None:
-            names, labels[0] = groups.names, groups.ids
-            whole = replace(whole, labels=groups.ids)
-        parts = share_out(recipe, whole)
+        names, labels[0], parts = shared_of(recipe, read[0], tables.rows[0], tables.paths[0])
     else:
         parts = [np.arange(len(labels[i])) for i in tables.owners]
     held_out = dict[str, CausalRows]()
@@ -146,7 +139,34 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
 
     sources_read = {i: own.source for i, own in read.items()}
     data = data_of(recipe, hosted, tables, sources_read, parts, names, labels, source_of)
-    return replace(data, notes=notes_of([*read.values(), *held_out.values()], limit))
+    # rows are told by their numbers in the table, so that they are the same rows where others are left out
+    numbers = [read[0].kept[part] for part in parts] if tables.shared else None
+    num_rows, notes = sum(map(len, tables.rows.values())), notes_of([*read.values(), *held_out.values()], limit)
+    return replace(data, num_rows=num_rows, rows=numbers, notes=notes)
+
+
+def shared_of(recipe: Recipe, own: CausalRows, rows: Dataset, path: str) -> tuple[tuple[str, ...], Rows, list[Rows]]:
+    """Returns the names of the groups that kept rows were put into, the group of each, and each peer's kept rows."""
+    kept, how = rows.select(own.kept), recipe.data.partition
+    nothing = np.zeros(len(own.kept), dtype=np.int64)
+    if how.kind == "saved":  # numbers of the table
+        whole = partition.Table(np.zeros(len(rows), dtype=np.int64), lambda name: (), labelled=False)
+        return ("rows",), nothing, [among(own.kept, part, path) for part in share_out(recipe, whole)]
+    table = partition.Table(
+        nothing, lambda name: sources.column(kept, name, path), lambda: own.source.lengths, lambda: own.contents, False
+    )
+    groups = partition.grouped(how, table, partition_seed(recipe))
+    if groups is None:
+        return ("rows",), nothing, share_out(recipe, table)
+    return groups.names, groups.ids, share_out(recipe, replace(table, labels=groups.ids))
+
+
+def among(kept: Rows, part: Rows, path: str) -> Rows:
+    """Returns where rows of a table are among those that are kept; raises where one of them is left out."""
+    places = np.minimum(np.searchsorted(kept, part), len(kept) - 1)
+    for number in part[kept[places] != part]:
+        raise UserError(f"Row {number} of '{path}' is a saved peer's, and is left out here; keep task as it was.")
+    return places
 
 
 def notes_of(tables: Iterable[CausalRows], limit: int) -> dict[str, int]:
@@ -180,7 +200,7 @@ def validation_shards(
     shards = {}
     for i in ids:
         if apart:
-            path, split_name, config = sources.peer_path(data.validation, i), "validation", None
+            path, split_name, config = sources.peer_path(data.validation, i), held_out_split(recipe), None
         else:
             path, split_name, config = str(data.path), data.validation, data.config
         if path not in loaded:

@@ -23,7 +23,7 @@ from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
 from dfl_lora.participation import num_present
 from dfl_lora.reading import load_recipe
-from dfl_lora.recipe import Recipe, is_path
+from dfl_lora.recipe import GSM8K, Recipe, is_path
 from dfl_lora.run_directory import RECIPE, held, read_lines
 
 TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
@@ -263,6 +263,11 @@ def check_validation(recipe: Recipe, columns: Columns, names: tuple[str, ...] | 
             look(table, columns, path, names)
 
 
+def held_out_split(recipe: Recipe) -> str:
+    """Returns the split of a path of its own that peers are evaluated on; GSM8K has none for validation."""
+    return "test" if recipe.task.name == GSM8K else "validation"
+
+
 def check_labels_asked(recipe: Recipe) -> None:
     """Raises where rows without labels are to be shared out by label."""
     how = recipe.data.partition
@@ -286,7 +291,7 @@ def check_causal_rows(recipe: Recipe, hosted: Sequence[int]) -> None:
     if is_path(data.validation):
         check_each("data.validation", data.validation, hosted)
         places = {peer_path(data.validation, i) for i in hosted[:LOOKED_AT]}
-        tables = [(path, glance(path, None, "validation")) for path in sorted(places)]
+        tables = [(path, glance(path, None, held_out_split(recipe))) for path in sorted(places)]
     else:
         tables = [(str(data.path), glance(str(data.path), data.config, data.validation))]
     for path, table in tables:

@@ -132,7 +132,7 @@ def sentence(error: ValidationError, whole: Any = Recipe, at: str = "") -> str:
         return f"{place} is {shown(first['input'])}; allowed are letters, digits, '_', '-' and '.'.{more}"
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        return f"{place}: {message}{'' if message.endswith(('.', '?')) else '.'}{more}"
+        return f"{place}{': ' if place else ''}{message}{'' if message.endswith(('.', '?')) else '.'}{more}"
     messages = (re.sub(r" after validation.*", "", message) for message in (first["msg"], *branches))
     wanted = " or ".join(dict.fromkeys(re.sub(r"^\w+ should ", "", message) for message in messages))
     return f"{place}: it should {wanted.replace(' or be ', ' or ')} (given: {shown(first['input'])}).{more}"

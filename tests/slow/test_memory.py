@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from real import DATA, data
+from real import DATA, real
 
 ROOT = Path(__file__).parents[2]
 ONE = {"peers.num_peers": 1, "train.batch_size": 128}
@@ -84,7 +84,7 @@ def test_the_predicted_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path
 def test_of_a_llama_the_predicted_peak_is_within_a_fifth_of_the_measured_one(
     tmp_path: Path, shape: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data("models/stories260K-llama", "tinystories")
+    real("models/stories260K-llama", "tinystories")
     monkeypatch.setenv("DFL_LORA_DATA", str(DATA))
     recipe = "recipes/tinystories.yaml"
     predicted = printed("-c", PREDICT, recipe, *settings(shape))["total"]

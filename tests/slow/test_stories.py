@@ -14,7 +14,7 @@ from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.models.causal import head_of, hidden_states
 from dfl_lora.models.packing import Packing
 from dfl_lora.reading import load_recipe
-from real import DATA, data
+from real import DATA, real
 from tiny import call
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ RECIPE = ROOT / "recipes" / "tinystories.yaml"
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the model; the recipe finds it and the stories."""
-    model, _ = data("models/stories260K-llama", "tinystories")
+    model, _ = real("models/stories260K-llama", "tinystories")
     monkeypatch.setenv("DFL_LORA_DATA", str(DATA))
     return model
 

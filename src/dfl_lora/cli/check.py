@@ -67,9 +67,10 @@ def counts(found: "Check") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("peer", *map(escape, found.partition["labels"]), "rows")
+    labels = found.partition["labels"] if len(found.partition["labels"]) > 1 else []
+    table = Table("peer", *map(escape, labels), "rows")
     for i, row in enumerate(found.partition["counts"]):
-        table.add_row(str(i), *(f"{n:,}" for n in row), f"{sum(row):,}")
+        table.add_row(str(i), *(f"{n:,}" for n in row if labels), f"{sum(row):,}")
     return table
 
 
@@ -89,6 +90,8 @@ def facts(found: "Check") -> "Table":
     table.add_row("partition", str(shares(rows)))
     for note, count in found.partition["notes"].items():
         table.add_row("rows", escape(f"{count:,} {note}"))
+    if found.carried:
+        table.add_row("adapters", f"carry the tokenizer and {found.carried}")
     if found.sample is not None:
         cut = f"{found.sample.cut:,} of {sum(map(sum, rows)):,} rows reach max_length and may be cut"
         label = "" if found.sample.label is None else f" -> {found.sample.label}"

@@ -61,12 +61,15 @@ class Screen:
         self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
         write_atomically(self.run / "log.txt", b"")
         self.keys = keys_of(str(recipe.evaluate.metric))
+        head = "" if recipe.task.kind == "causal_lm" else f"head {recipe.method.head}, "
         self.say(
             f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges){here}, "
-            f"{recipe.method.schedule}, head {recipe.method.head}, {federation.peers.layout.size:,} numbers a peer, "
+            f"{recipe.method.schedule}, {head}{federation.peers.layout.size:,} numbers a peer, "
             f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}",
             always=True,
         )
+        if federation.export is not None and federation.export.carried:
+            self.say(f"adapters carry the tokenizer and {federation.export.carried}", always=True)
         for note, count in federation.data.notes.items():
             self.say(f"{count:,} rows {note}", always=True)
         for line in lines:

@@ -7,7 +7,9 @@ generates counts the first number after that phrase, and where it did not say so
 import re
 from decimal import Decimal
 
-GOLD, FINAL = "####", "The final answer is:"
+from dfl_lora.data.formats import FINAL_ANSWER, GOLD
+
+FINAL = FINAL_ANSWER.strip()
 NUMBER = re.compile(
     r"(?:(?<![\w%)\]])[-−])?(?:\$[-−]?)?"  # a hyphen after a word, a digit or a bracket is no sign: 10-5, 10-12
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?"  # a full stop without digits after it ends a sentence

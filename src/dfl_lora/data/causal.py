@@ -45,8 +45,8 @@ class CausalRows:
     """How many rows were left out, by reason."""
     num_cut: int
     """The kept rows that were longer than max_length."""
-    texts: list[str]
-    """Of each row all its segments, whole."""
+    contents: list[str]
+    """Of each row what its columns say, without what a format or a template puts around it."""
     format: str
 
 
@@ -57,6 +57,7 @@ class Spelt:
     number: int
     segments: list[Segment]
     has_turns: bool
+    content: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class CausalTokenization:
             np.array([row.number for row in kept], dtype=np.int64),
             dict(Counter(bad.values()).most_common()),
             int(arrays["was_cut"].sum()),
-            ["".join(segment.text for segment in row.segments) for row in kept],
+            [row.content for row in kept],
             how.name,
         )
 
@@ -113,7 +114,8 @@ class CausalTokenization:
             except BadRow as reason:
                 bad[number] = str(reason)
             else:
-                good.append(Spelt(number, [part for part in segments if part.text], how.has_turns(row)))
+                parts, content = [part for part in segments if part.text], content_of(list(row.values()))
+                good.append(Spelt(number, parts, how.has_turns(row), content))
         return good, bad
 
     def chat(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
@@ -202,6 +204,15 @@ class CausalTokenization:
             f"{len(bad):,} of the {num_rows:,} rows of '{path}' cannot be trained on: {why}; the first is row {first}. "
             f"To go on, {', '.join(advice)}{last}."
         )
+
+
+def content_of(value: object) -> str:
+    """Returns the texts of columns: of turns, what is said and not who says it."""
+    if isinstance(value, Mapping):
+        return content_of([value.get(name) for name in ("content", "value")])
+    if isinstance(value, list):
+        return "\n".join(text for part in value if (text := content_of(part)))
+    return value if isinstance(value, str) else ""
 
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 from dfl_lora.errors import UserError, nearest
 
 ASK = "\nAnswer the above question. First think step by step and then answer the final number.\n"
-FINAL, FINAL_ANSWER = "####", "The final answer is: "
+GOLD, FINAL_ANSWER = "####", "The final answer is: "
 
 BELOW = "Below is an instruction that describes a task"
 COMPLETES = "Write a response that appropriately completes the request."
@@ -30,7 +30,7 @@ ALPACA_INPUT = (
 
 EMPTY = "an empty completion"
 NO_ASSISTANT = "a conversation without an assistant turn"
-NO_FINAL = f"an answer without {FINAL}"
+NO_FINAL = f"an answer without {GOLD}"
 NO_TEXT = "no text"
 NO_TURNS = "a conversation that is not a list of turns"
 REFUSED = "a conversation that the chat template refuses"
@@ -87,9 +87,9 @@ class Format:
 def question_answer(row: Row, chat: Chat) -> list[Segment]:
     """Returns the prompt of a question and its answer; raises where there is no final answer."""
     question, answer = text_of(row, "question"), text_of(row, "answer")
-    if FINAL not in answer:
+    if GOLD not in answer:
         raise BadRow(NO_FINAL)
-    return completed(question + ASK, answer.replace(FINAL, FINAL_ANSWER))
+    return completed(question + ASK, answer.replace(GOLD, FINAL_ANSWER))
 
 
 def prompt_completion(row: Row, chat: Chat) -> list[Segment]:

@@ -52,6 +52,8 @@ class Table:
     column: Callable[[str], Sequence[object]]
     lengths: Callable[[], Rows] | None = None
     texts: Callable[[], Sequence[str]] | None = None
+    labelled: bool = True
+    """False: labels are groups or nothing, and say nothing against the counts of an earlier run."""
     made: dict[tuple[str, int, int], Grouped] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -210,7 +212,7 @@ def saved(
 ) -> list[Rows]:
     """The rows of an earlier run, from its directory or its partition.json; sha256 says which rows they must be."""
     given = saved_for(len(table), num_peers, path, sha256)
-    if not agree(given.counts, [table.labels[rows] for rows in given.rows]):
+    if table.labelled and not agree(given.counts, [table.labels[rows] for rows in given.rows]):
         raise UserError(f"{path} counts other labels in these rows than they have; give the same data and labels.")
     return checked(list(given.rows), f"saved(path={path})", min_size)
 
@@ -355,9 +357,9 @@ def unfair(what: str, min_size: int, draws: int) -> UserError:
 
 
 def agree(given: Sequence[Sequence[int]], labels: Sequence[Rows]) -> bool:
-    """Tells whether the counts of a file are those of the labels; where either has none, or one, it says nothing."""
-    width, highest = max(map(len, given)), max(int(part.max()) for part in labels)
-    return 0 in (width, highest) or (highest < width and counts(labels, width) == given)
+    """Tells whether the counts of a file are those of the labels; counts of no labels say nothing."""
+    width = max(map(len, given))
+    return width == 0 or (max(int(part.max()) for part in labels) < width and counts(labels, width) == given)
 
 
 def counts(parts: Sequence[Rows], num_labels: int) -> list[list[int]]:

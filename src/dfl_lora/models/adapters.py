@@ -119,6 +119,15 @@ class Export:
         )
 
     @property
+    def carried(self) -> str:
+        """What task.tokens makes adapters hold, in words."""
+        if self.tokenizer is None:
+            return ""
+        return (
+            f"embeddings of {len(self.tokenizer):,} words" if self.fixed else "no embeddings: there was room for them"
+        )
+
+    @property
     def resizing(self) -> str:
         """Returns the line that gives a base the words which the adapter's embeddings have."""
         if self.tokenizer is None or not self.fixed:

@@ -113,7 +113,7 @@ def no_linear(name: str, kind: str) -> UserError:
 
 def output_layer(name: str) -> UserError:
     return UserError(
-        f"lora.target_modules: '{name}' is the output layer of a causal language model, which stays frozen so that "
+        f"lora.target_modules: '{name}' belongs to the output of a causal language model, which stays frozen so that "
         "logits are made of the labelled tokens alone; leave it out."
     )
 

@@ -97,12 +97,6 @@ def load_causal(files: Files, adapter: Path | None = None, dtype: torch.dtype | 
     return model if adapter is None else put_on(model, files, adapter)
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
-    """Returns the tokens of a text that is to be continued: with those that begin a text, without one that ends it."""
-    tokens: Tokens = tokenizer(text)["input_ids"]
-    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
-
-
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -114,7 +114,7 @@ def place(model: nn.Module, prefix: str, lora: Lora, *, head: bool = True) -> Pl
     if lora.layers_to_transform is not None:
         check_layers(lora.layers_to_transform, match(model, replace(lora, layers_to_transform=None)))
     matched = match(model, lora)
-    refused = [name for name in matched if name not in available]
+    refused = sorted(name for name in matched if name not in available)
     if refused:
         raise no_linear(refused[0], type(model.get_submodule(refused[0])).__name__)
     modules = {name: size_of(m) for name, m in available.items() if name in matched}
@@ -158,4 +158,5 @@ def match(model: nn.Module, lora: Lora) -> frozenset[str]:
             inject_adapter_in_model(config, skeleton)
     except (ValueError, re.error):
         raise unmatched(str(targets), names) from None
-    return frozenset(name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer))
+    own = {name for name, _ in model.named_modules()}  # PEFT's layers have layers of their own
+    return frozenset(n for n, module in skeleton.named_modules() if n in own and isinstance(module, BaseTunerLayer))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dfl_lora import combine, graphs, machine, schedules
+from dfl_lora.compatibility import check_method
 from dfl_lora.corrections.local import Local
 from dfl_lora.data import tasks
 from dfl_lora.errors import UserError
@@ -77,7 +78,9 @@ def build(
         data = (causal_data if kind == "causal_lm" else text_data)(recipe, files, hosted)
         base = load_base(recipe, files, len(data.labels))
     work = local_work(recipe)
-    graph, method = build_method(recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive))
+    graph, method = build_method(
+        recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive)
+    )
     placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     device = torch.device(recipe.compute.device)
@@ -208,6 +211,7 @@ def build_method(recipe: Recipe, local: Local) -> tuple[graphs.Graph, Method]:
     """Returns the graph and the point in the product of the axes."""
     peers, axes = recipe.peers, recipe.method
     graph, weights = graph_of(recipe)
+    check_method(recipe, graph, weights)
     return graph, Method(
         axes.schedule.of(axes.head),
         lambda t: graph,

@@ -111,7 +111,7 @@ def leja(roots: list[float]) -> list[float]:
 
 
 def agreement(graph: Graph, mixing: Mixing) -> Mixer:
-    """Returns Chebyshev's polynomial of the degree that leaves AGREED of peers' distances; plain if they never agree."""
+    """Returns Chebyshev's polynomial of the degree that leaves AGREED of distances; plain if peers never agree."""
     rho = rho_on(graph, mixing)
     if not 0 < rho < 1:
         return once
@@ -119,7 +119,7 @@ def agreement(graph: Graph, mixing: Mixing) -> Mixer:
 
 
 def closing(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
-    """W x in every round but the last, which ends with peers that agree to 1e-6 of how far they were apart."""
+    """W x in every round but the last, which ends with peers that agree to 1e-6 of how far apart they were."""
     last = agreement(graph, mixing)
     return lambda values, exchange, t: (last if t == rounds else once)(values, exchange, t)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from dfl_lora import hub, mixing
+from dfl_lora.compatibility import check_method
 from dfl_lora.data import labels, partition
 from dfl_lora.data.formats import format_of
 from dfl_lora.data.glance import MANY, Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph
+from dfl_lora.graphs import Graph, complete
 from dfl_lora.latest import read_latest
 from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
@@ -45,7 +46,7 @@ SHORT = 8
 def preflight(recipe: Recipe, ids: Sequence[int] | None = None) -> None:
     """Raises one sentence where a cheap look tells that a recipe cannot run, hosting the peers `ids` (None: all)."""
     hosted = range(recipe.peers.num_peers) if ids is None else ids
-    graph_of(recipe)
+    check_method(recipe, *graph_of(recipe))
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
@@ -76,13 +77,16 @@ def check_resume(run: Path) -> None:
 
 
 def graph_of(recipe: Recipe) -> tuple[Graph, Mixing]:
-    """Returns the graph of a recipe and the weights on it."""
+    """Returns the graph of a recipe and the weights on it; an exact mean is an exchange of everybody with everybody."""
     peers = recipe.peers
     graph: Graph = peers.topology.of(peers.num_peers)
     matrix = peers.topology.kind == "matrix"
     if matrix and peers.mixing != "metropolis":
         raise UserError(f"peers.mixing {peers.mixing} has no effect on topology matrix, which is a W; remove it.")
-    return graph, mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing]
+    weights = mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing]
+    if recipe.method.mixer.kind == "exact":
+        return complete(peers.num_peers), mixing.uniform
+    return graph, weights
 
 
 def check_toy(recipe: Recipe) -> None:

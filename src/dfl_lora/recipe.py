@@ -15,16 +15,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
 from dfl_lora.codecs import CODECS
 from dfl_lora.corrections import CORRECTIONS
-from dfl_lora.mixers import MIXERS
-from dfl_lora.choices import Choice, Positive, PositiveFloat, Share, Whole, choice
 from dfl_lora.data.formats import FORMATS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.data.saved import read_saved
 from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
 from dfl_lora.metrics import METRICS
+from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import yaml_text

@@ -178,7 +178,7 @@ def take_back(peers: Peers, undone: Iterable[Undone], method: Method) -> None:
 
 
 def gain(mixer: Mixer, exchange: int, t: int) -> float:
-    """Returns by how much a mixer multiplies what one exchange of a round adds to the mean; 1 where there is but one."""
+    """Returns by how much a mixer multiplies what an exchange of a round adds to the mean; 1 where there is but one."""
     nothing_yet = Tensors(torch.zeros(1, dtype=torch.float64), Layout.of({"mean": ("A", (1,))}))
 
     def add(values: Values, k: int) -> Values:

@@ -1,8 +1,8 @@
 """Codecs: what travels. A codec turns a vector into a frame and back; its memory lives in the peer.
 
-Whatever is lost on the way, the own value enters as it was sent: x_i + sum_j w_ij (q_j - q_i), so the mean stays. A row is
-a function of the run's seed, from which stochastic codecs draw by name: peer, round, exchange. Each is loaded when it is
-made, since a recipe is read without torch.
+Whatever is lost on the way, the own value enters as it was sent: x_i + sum_j w_ij (q_j - q_i), so the mean stays. A
+row is a function of the run's seed, from which stochastic codecs draw by name: peer, round, exchange. Each is loaded
+when it is made, since a recipe is read without torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,9 +2,9 @@
 
     s = max |x| / 127 over a tensor,   q = floor(x / s + u),   u uniform in [0, 1)
 
-so that E[s q] = x and |s q - x| <= s. Second moments (the part `v` of a message) go as bfloat16 instead: on a grid most of
-them would be zero, and steps divide by their roots. Draws are named by peer, round and exchange, so that a run gives the
-same bits again, and as a simulation those of real peers.
+so that E[s q] = x and |s q - x| <= s. Second moments (the part `v` of a message) go as bfloat16 instead: on a grid most
+of them would be zero, and steps divide by their roots. Draws are named by peer, round and exchange, so that a run gives
+the same bits again, and a simulation those of real peers.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Int8:
     def encode(self, x: Tensors, memory: object, name: tuple[int, int, int]) -> Frame:
         size, sizes = rounded(x.layout)
         flat = x.flat[:size].float()
-        scales = torch.stack([part.abs().max() for part in flat.split(sizes)]) / LEVELS if sizes else flat.new_zeros(0)
+        scales = torch.stack([part.abs().max() for part in torch.split(flat, sizes)]) / LEVELS
         draws = torch.rand(size, generator=torch_stream(self.seed, "codec", *name)).to(flat.device)
         steps = (flat / spread(scales, sizes).clamp(min=torch.finfo(torch.float32).tiny) + draws).floor()
         body = {"q": steps.clamp(-LEVELS, LEVELS).to(torch.int8).cpu(), "s": scales.cpu()}

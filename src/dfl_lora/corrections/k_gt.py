@@ -7,17 +7,16 @@
 c starts at zero; c_i is how the mean gradient of all differs from the own one, so that each peer steps as if it saw
 everybody's data. Preserved: the mean of x; sum_i c_i = 0 while nothing is clipped. Two vectors travel.
 
-Options. `second_moments: q` also mixes Adam's second moments every q rounds (a third vector in those rounds; clamped at
-zero, since Chebyshev matrices have negative entries), so that peers divide by the same; 0 never does. `clip` bounds
-||c_i|| by so many times ||z_i||; then c no longer sums to zero. `decay` is the share of c that is forgotten in a round in
-which a message to the peer was lost; here a message is lost at both ends or at none, so that the sum stays without it.
+Options. `second_moments: q` also mixes Adam's second moments every q rounds (a third vector in those rounds; clamped
+at zero, since Chebyshev matrices have negative entries), so that peers divide by the same; 0 never does. `clip` bounds
+||c_i|| by so many times ||z_i||; then c no longer sums to zero. `decay` is the share of c that is forgotten in a round
+in which a message to the peer was lost; here a message is lost at both ends or at none, so that the sum stays.
 
-The learning rate should fall: the noise of Adam's steps sets the floor of the consensus error. Fails with one random
-partner a round, where M z is too far from the mean of z, and with a codec that moves z more than peers differ in it.
+The learning rate should fall: the noise of Adam's steps sets the floor of the consensus error.
 
-Source: Liu, Lin, Koloskova, Stich, "Decentralized Gradient Tracking with Local Steps", arXiv 2301.01313; checked is that
-peers with different quadratics end at the optimum of all (tests/laws/test_corrections.py). Adam, second moments, clip and
-decay are ours.
+Source: Liu, Lin, Koloskova, Stich, "Decentralized Gradient Tracking with Local Steps", arXiv 2301.01313; checked is
+that peers with different quadratics end at the optimum of all (tests/laws/test_corrections.py). Adam, second moments,
+clip and decay are ours.
 """
 
 from dataclasses import dataclass
@@ -75,5 +74,5 @@ def k_gt(
     clip: PositiveFloat | None = None,
     decay: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0,
 ) -> GradientTracking:
-    """Gradient tracking: gradients are shifted towards the mean of all; second moments are mixed every so many rounds."""
+    """Gradients are shifted towards the mean of all; Adam's second moments are mixed every so many rounds, 0 never."""
     return GradientTracking(second_moments, clip, decay)

@@ -3,12 +3,12 @@
     tau times   x <- x - eta g(x) - c / tau            the step shift, -c / tau
     then        x+ = (x^half + M x^half) / 2,          c <- c + x^half - x+
 
-M x is what the mixer makes of an exchange; c starts at zero. One vector travels, as in plain gossip.
-Preserved: the mean of x; sum_i c_i = 0, since M keeps the mean. At a fixed point all x_i agree, c_i / eta is minus the
-peer's own gradient there, and the gradients sum to zero. Lost messages are lost at both ends here, so that the sum stays.
+M x is what the mixer makes of an exchange; c starts at zero. One vector travels, as in plain gossip. Preserved: the
+mean of x; sum_i c_i = 0, since M keeps the mean and a message is lost at both ends of an edge or at none. At a fixed
+point all x_i agree, and the sum of all gradients is zero.
 
-Source: Alghunaim, "Local Exact-Diffusion for Decentralized Optimization and Learning", arXiv 2302.00620; that one step of
-it is exact diffusion, and that fixed point, are what was checked (tests/laws/test_corrections.py).
+Source: Alghunaim, "Local Exact-Diffusion for Decentralized Optimization and Learning", arXiv 2302.00620; that one step
+of it is exact diffusion, and that fixed point, are what was checked (tests/laws/test_corrections.py).
 """
 
 from collections.abc import Callable

@@ -3,13 +3,14 @@
     in a round  the optimiser is given g(x) + beta m   the gradient shift, beta m
     then        x+ = M x^half,   m <- mu m + (1 - mu) d
 
-where d is what the round, from x to x+, says of the gradient. With SGD d = (x - x+) / (eta tau), the paper's for tau = 1.
-An adaptive optimiser's steps say nothing of a gradient's length: there d = ||z|| (x - x+) / ||x - x+||, z the mean of what
-the optimiser was given (with SGD and no neighbours both are z). Nothing else travels. Preserved: the mean of x; the
-momenta do not sum to zero and are meant not to. Where an exchange is taken back afterwards m decays once more.
+where d is what the round, from x to x+, says of the gradient. With SGD d = (x - x+) / (eta tau), the paper's for tau
+= 1. An adaptive optimiser's steps say nothing of a gradient's length: there d = ||z|| (x - x+) / ||x - x+||, z the mean
+of what the optimiser was given (with SGD and no neighbours both are z). Nothing else travels. Preserved: the mean of x;
+the momenta do not sum to zero and are meant not to. Where an exchange is taken back afterwards m decays once more.
 
-Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-Global Momentum", ICML 2021, arXiv 2102.04761; checked is that alone, with
-one step a round and SGD, it is momentum as in the formula (tests/laws/test_corrections.py). The adaptive form is ours.
+Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-Global Momentum", ICML 2021, arXiv 2102.04761; checked is that alone,
+with one step a round and SGD, it is momentum as in the formula (tests/laws/test_corrections.py). The adaptive form is
+ours.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 @dataclass(frozen=True)
 class QuasiGlobal:
-    """Shifts gradients by beta times a momentum that is kept, without beta, nowhere: m = gradient_shift / beta."""
+    """Shifts gradients by beta m, and keeps no other m."""
 
     local: Local
     beta: float

@@ -1,0 +1,78 @@
+"""What does not go together: one row for each pair of axis values, with the reason that a user is told.
+
+The same table is in docs/recipe.md. Everything else composes: any schedule with any correction, mixer and codec.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dfl_lora.errors import UserError
+from dfl_lora.graphs import DENSE, Graph
+from dfl_lora.mixers import MOST_EXACT
+from dfl_lora.mixing import Mixing, chebyshev_contraction, eigenvalues, matrix
+from dfl_lora.recipe import Recipe
+
+Meets = Callable[[Recipe, Graph, Mixing], bool]
+LOWEST = -1 / 3
+"""Above this all eigenvalues of what d2 mixes by must lie."""
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Two values that cannot be used together, when they meet, and why not."""
+
+    one: str
+    other: str
+    meets: Meets
+    reason: str
+
+
+def too_low(recipe: Recipe, graph: Graph, mixing: Mixing) -> bool:
+    """Tells whether the matrix of a round has an eigenvalue at or below -1/3; Chebyshev's reach to its contraction."""
+    axes = recipe.method
+    if axes.correction.kind != "d2" or graph.num_peers > DENSE:
+        return False
+    w = matrix(graph, mixing)
+    if axes.mixer.kind == "chebyshev" and axes.mixer.options["k"] > 1:
+        return chebyshev_contraction(w, axes.mixer.options["k"]) >= -LOWEST
+    return bool(eigenvalues(w).min() <= LOWEST)
+
+
+CLASHES: Sequence[Clash] = (
+    Clash(
+        "mixer finite_time", "more than 10 peers",
+        lambda r, g, w: r.method.mixer.kind == "finite_time" and g.num_peers > MOST_EXACT,
+        "it amplifies rounding and noise by up to 100 there; use chebyshev(k=...)",
+    ),
+    Clash(
+        "mixer finite_time", "participation below 1",
+        lambda r, g, w: r.method.mixer.kind == "finite_time" and r.peers.participation < 1,
+        "it is exact on one graph alone; use chebyshev(k=...)",
+    ),
+    Clash(
+        "mixer exact", "participation below 1",
+        lambda r, g, w: r.method.mixer.kind == "exact" and r.peers.participation < 1,
+        "weights of 1/n are no average of those who are present; use topology complete",
+    ),
+    Clash(
+        "correction k_gt(second_moments)", "optimizer sgd",
+        lambda r, g, w: (
+            r.method.correction.kind == "k_gt"
+            and r.method.correction.options["second_moments"] > 0
+            and r.train.optimizer == "sgd"
+        ),
+        "it has no second moments; remove the option",
+    ),
+    Clash(
+        "correction d2", "eigenvalues of -1/3 or less",
+        too_low,
+        "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
+    ),
+)  # fmt: skip
+
+
+def check_method(recipe: Recipe, graph: Graph, mixing: Mixing) -> None:
+    """Raises where two values of a method cannot be used together."""
+    for clash in CLASHES:
+        if clash.meets(recipe, graph, mixing):
+            raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.")

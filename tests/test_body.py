@@ -13,7 +13,7 @@ from dfl_lora.codecs.frames import DTYPES, Frame
 from dfl_lora.networks.body import PIECE, Expectation, body_of, frame_from, is_finite, norm_of
 from dfl_lora.tensors import Layout, Tensors
 
-FRAME = Fp32().encode(Tensors(torch.arange(7.0) - 3, Layout.of({"q.B": ("B", (7,))})), {})
+FRAME = Fp32().encode(Tensors(torch.arange(7.0) - 3, Layout.of({"q.B": ("B", (7,))})), {}, (0, 1, 0))
 BODY = body_of(FRAME)
 EXPECTED = Expectation.of(FRAME)
 

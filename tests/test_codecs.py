@@ -17,11 +17,11 @@ from dfl_lora.tensors import Layout, Tensors
 
 LAYOUT = Layout.of({"q.B": ("B", (2, 3)), "head": ("head", (1,))})
 MESSAGE = Tensors(torch.arange(7.0) - 3, LAYOUT)
-FRAME = Fp32().encode(MESSAGE, {})
+FRAME = Fp32().encode(MESSAGE, {}, (0, 1, 0))
 CONTENT = FRAME.to_bytes()
 HEADER_BYTES = 4 + int.from_bytes(CONTENT[:4], "big")
 
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+every_codec = pytest.mark.parametrize("codec", [make(7) for make in CODECS.values()], ids=CODECS)
 
 
 def content(header: bytes, body: bytes) -> bytes:
@@ -35,7 +35,7 @@ def body(entries: dict[str, object], data: bytes) -> bytes:
 
 @every_codec
 def test_a_frame_crosses_the_wire(codec: Codec) -> None:
-    frame = codec.encode(MESSAGE, {})
+    frame = codec.encode(MESSAGE, {}, (0, 1, 0))
     arrived = Frame.from_bytes(frame.to_bytes())
     assert arrived is not None
     here, there = codec.decode(frame, MESSAGE), codec.decode(arrived, MESSAGE)
@@ -48,14 +48,14 @@ def test_a_frame_crosses_the_wire(codec: Codec) -> None:
 @every_codec
 def test_a_frame_of_another_layout_is_not_decoded(codec: Codec) -> None:
     other = Tensors(MESSAGE.flat, Layout.of({"k.B": ("B", (2, 3)), "head": ("head", (1,))}))
-    assert codec.decode(codec.encode(other, {}), MESSAGE) is None
+    assert codec.decode(codec.encode(other, {}, (0, 1, 0)), MESSAGE) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fp32_sends_every_bit(dtype: torch.dtype) -> None:
     values = torch.tensor([0.1, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3.4e38], dtype=dtype)
     message = Tensors(values, LAYOUT)
-    arrived = Frame.from_bytes(Fp32().encode(message, {}).to_bytes())
+    arrived = Frame.from_bytes(Fp32().encode(message, {}, (0, 1, 0)).to_bytes())
     assert arrived is not None
     decoded = Fp32().decode(arrived, message)
     assert decoded is not None
@@ -64,10 +64,10 @@ def test_fp32_sends_every_bit(dtype: torch.dtype) -> None:
 
 def test_fp32_sends_a_view_as_that_view_alone() -> None:
     matrix = torch.arange(21.0).view(3, 7)
-    arrived = Frame.from_bytes(Fp32().encode(Tensors(matrix[1], LAYOUT), {}).to_bytes())
+    arrived = Frame.from_bytes(Fp32().encode(Tensors(matrix[1], LAYOUT), {}, (0, 1, 0)).to_bytes())
     assert arrived is not None
     assert torch.equal(arrived.body["x"], matrix[1])
-    assert len(Fp32().encode(Tensors(matrix[1], LAYOUT), {}).to_bytes()) == len(CONTENT)
+    assert len(Fp32().encode(Tensors(matrix[1], LAYOUT), {}, (0, 1, 0)).to_bytes()) == len(CONTENT)
 
 
 def test_fp32_copies_nothing_in_memory() -> None:
@@ -124,7 +124,7 @@ def test_the_bytes_of_a_frame_are_those_of_its_encoded_body(named: dict[str, tor
 
 def test_fp32_is_four_bytes_a_number_and_little_more() -> None:
     layout = Layout.of({"q.B": ("B", (1000, 8))})
-    assert 0 <= Fp32().encode(Tensors(torch.ones(8000), layout), {}).num_bytes - 32_000 <= 128
+    assert 0 <= Fp32().encode(Tensors(torch.ones(8000), layout), {}, (0, 1, 0)).num_bytes - 32_000 <= 128
 
 
 @settings(deadline=None, max_examples=40)
@@ -223,3 +223,88 @@ def test_a_frame_whose_body_lies_about_itself_is_no_frame(entry: object) -> None
     empty = isinstance(entry, dict) and entry.get("data_offsets") == [0, 0]
     data = b"" if empty else bytes(28)
     assert Frame.from_bytes(content(CONTENT[4:HEADER_BYTES], body({"x": entry}, data))) is None
+
+
+PARTS = Tensors(torch.linspace(-2, 5, 14), LAYOUT.parts("x", "z"))
+FINITE = st.floats(-1e6, 1e6, width=32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(FINITE, min_size=7, max_size=7), st.integers(0, 50))
+def test_int8_is_off_by_at_most_a_step_of_its_tensor(values: list[float], peer: int) -> None:
+    message = Tensors(torch.tensor(values, dtype=torch.float32), LAYOUT)
+    codec = CODECS["int8"](3)
+    decoded = codec.decode(codec.encode(message, {}, (peer, 1, 0)), message)
+    assert decoded is not None
+    for name, own in message.items():
+        step = float(own.abs().max()) / 127
+        assert float((decoded[name] - own).abs().max()) <= step * (1 + 1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(FINITE, min_size=7, max_size=7))
+def test_bf16_is_off_by_at_most_a_256th(values: list[float]) -> None:
+    message = Tensors(torch.tensor(values, dtype=torch.float32), LAYOUT)
+    codec = CODECS["bf16"](0)
+    decoded = codec.decode(codec.encode(message, {}, (0, 1, 0)), message)
+    assert decoded is not None
+    assert ((decoded.flat - message.flat).abs() <= message.flat.abs() * 2**-8 + 1e-38).all()
+
+
+def test_int8_is_unbiased() -> None:
+    codec, total = CODECS["int8"](0), torch.zeros(7)
+    for t in range(4000):
+        decoded = codec.decode(codec.encode(MESSAGE, {}, (0, t, 0)), MESSAGE)
+        assert decoded is not None
+        total += decoded.flat
+    assert (total / 4000 - MESSAGE.flat).abs().max() < 4 * (3 / 127) / 2 / 4000**0.5
+
+
+def test_int8_draws_by_seed_peer_round_and_exchange_and_by_nothing_else() -> None:
+    def bits(seed: int, *name: int) -> bytes:
+        return CODECS["int8"](seed).encode(MESSAGE, {}, name).to_bytes()  # type: ignore[arg-type]
+
+    once = bits(1, 2, 3, 4)
+    assert bits(1, 2, 3, 4) == once
+    assert once not in (bits(0, 2, 3, 4), bits(1, 0, 3, 4), bits(1, 2, 0, 4), bits(1, 2, 3, 0))
+
+
+def test_what_travels_as_int8_takes_a_byte_a_number_and_second_moments_two() -> None:
+    codec, whole = CODECS["int8"](0), LAYOUT.parts("x", "z", "v")
+    message = Tensors(torch.linspace(0, 1e-6, 21), whole)
+    frame = codec.encode(message, {}, (0, 1, 0))
+    assert {name: (t.dtype, len(t)) for name, t in frame.body.items()} == {
+        "q": (torch.int8, 14), "s": (torch.float32, 4), "v": (torch.bfloat16, 7),
+    }  # fmt: skip
+    decoded = codec.decode(frame, message)
+    assert decoded is not None
+    assert ((decoded.flat[14:] - message.flat[14:]).abs() <= message.flat[14:] * 2**-8).all()
+    assert "v" not in codec.encode(PARTS, {}, (0, 1, 0)).body
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_frame_with_other_names_types_or_shapes_is_not_decoded(kind: str) -> None:
+    codec = CODECS[kind](0)
+    frame = codec.encode(MESSAGE, {}, (0, 1, 0))
+    for name, value in frame.body.items():
+        for wrong in (value[:-1], value.to(torch.float64), value.unsqueeze(0)):
+            assert codec.decode(Frame(frame.codec, frame.layout, {**frame.body, name: wrong}), MESSAGE) is None
+        others = {key: t for key, t in frame.body.items() if key != name}
+        assert codec.decode(Frame(frame.codec, frame.layout, others), MESSAGE) is None
+    assert codec.decode(Frame("other", frame.layout, frame.body), MESSAGE) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_message_that_is_not_finite_is_seen_through_every_codec(bad: float) -> None:
+    for kind, make in CODECS.items():
+        message = Tensors(MESSAGE.flat.clone(), LAYOUT)
+        message.flat[2] = bad
+        decoded = make(0).decode(make(0).encode(message, {}, (0, 1, 0)), message)
+        assert decoded is None or not decoded.is_finite(), kind
+
+
+def test_equal_zeros_are_zeros() -> None:
+    nothing = Tensors(torch.zeros(7), LAYOUT)
+    for make in CODECS.values():
+        decoded = make(0).decode(make(0).encode(nothing, {}, (0, 1, 0)), nothing)
+        assert decoded is not None and not decoded.flat.any()

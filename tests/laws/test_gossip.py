@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfl_lora.codecs import CODECS
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.corrections.local import Local
@@ -37,11 +38,20 @@ every_graph = pytest.mark.parametrize("graph", SEVEN.values(), ids=SEVEN)
 every_schedule = pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 every_head = pytest.mark.parametrize("head", HEADS)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
-every_method = pytest.mark.parametrize(
-    ("mixer", "correction"),
-    [(mixer, "none") for mixer in MIXERS]
-    + [(mixer, correction) for correction in CORRECTIONS if correction != "none" for mixer in ("plain", "chebyshev")],
+METHODS = [(mixer, "none") for mixer in MIXERS] + [
+    (mixer, correction) for correction in CORRECTIONS if correction != "none" for mixer in ("plain", "chebyshev")
+]
+every_method = pytest.mark.parametrize(("mixer", "correction"), METHODS)
+every_case = pytest.mark.parametrize(
+    ("graph", "mixer", "correction"),
+    [pytest.param(graph, "plain", "none", id=name) for name, graph in SEVEN.items()]
+    + [
+        pytest.param(SEVEN[name], *method, id=f"{name}-{'-'.join(method)}")
+        for name in ("link4", "du14")
+        for method in METHODS[1:]
+    ],
 )
+"""Every graph with plain gossip, and every method on two of them."""
 
 
 def make(schedule: str, head: Head, graph: Graph, mixer: str = "plain", correction: str = "none") -> Method:
@@ -108,10 +118,9 @@ def products(peers: Peers) -> list[Tensor]:
     return [b @ a for a, b in factors(peers)]
 
 
-@every_graph
+@every_case
 @every_schedule
 @every_head
-@every_method
 def test_gossip_preserves_the_mean(
     random_peers: RandomPeers, graph: Graph, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -141,10 +150,9 @@ def test_what_is_not_shared_stays_to_the_bit(
     assert not torch.isclose(peers.x[:, ~kept], before[:, ~kept]).any()
 
 
-@every_graph
+@every_case
 @every_schedule
 @every_head
-@every_method
 def test_equal_peers_stay_equal_to_the_bit(
     random_peers: RandomPeers, graph: Graph, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
@@ -210,8 +218,7 @@ def test_freeze_a_mixes_products_exactly(random_peers: RandomPeers, graph: Graph
         assert torch.allclose(found, wanted, rtol=0, atol=1e-13)
 
 
-@every_graph
-@every_method
+@every_case
 def test_freeze_a_mixes_products_as_if_they_were_exchanged(
     random_peers: RandomPeers, graph: Graph, mixer: str, correction: str
 ) -> None:
@@ -228,9 +235,8 @@ def test_freeze_a_mixes_products_as_if_they_were_exchanged(
     assert torch.allclose(mixed, whole.x, rtol=0, atol=1e-12)
 
 
-@every_graph
+@every_case
 @every_head
-@every_method
 def test_freeze_a_has_one_consensus_error(
     random_peers: RandomPeers, graph: Graph, head: Head, mixer: str, correction: str
 ) -> None:
@@ -308,9 +314,8 @@ def test_a_peer_does_not_depend_on_who_shares_its_process(
         assert torch.equal(alone.x[0], together.x[i])
 
 
-@every_graph
+@every_case
 @every_schedule
-@every_method
 def test_a_lost_message_gives_its_weight_to_the_receiver(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -330,9 +335,8 @@ def test_a_lost_message_gives_its_weight_to_the_receiver(
     assert traffic.refused == {}
 
 
-@every_graph
+@every_case
 @every_schedule
-@every_method
 def test_a_peer_that_hears_nobody_stays_as_it_was(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -352,9 +356,8 @@ def symmetric_losses() -> Iterator[set[tuple[int, int]]]:
         yield {*pairs, *((j, i) for i, j in pairs)}
 
 
-@every_graph
+@every_case
 @every_schedule
-@every_method
 def test_losses_in_both_directions_preserve_the_mean(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str
 ) -> None:
@@ -367,9 +370,8 @@ def test_losses_in_both_directions_preserve_the_mean(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@every_graph
+@every_case
 @every_schedule
-@every_method
 def test_a_message_that_is_not_finite_stays_with_its_sender(
     random_peers: RandomPeers, graph: Graph, schedule: str, mixer: str, correction: str, bad: float
 ) -> None:
@@ -451,3 +453,15 @@ def test_traffic_counts_every_message_and_its_bytes(random_peers: RandomPeers, g
     assert traffic.messages == 2 * len(graph.edges)
     assert traffic.bytes == sum(graph.degree(i) * size for i, size in bodies.items())
     assert traffic.refused == {}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@every_method
+def test_the_mean_stays_under_every_codec(random_peers: RandomPeers, mixer: str, correction: str, codec: str) -> None:
+    """The own value enters as it was sent."""
+    method = replace(make("lora", "shared", GRAPHS["link4"](7), mixer, correction), codec=CODECS[codec](5))
+    peers = random_peers(method)
+    before = peers.x.mean(0)
+    for t in range(1, 4):
+        mix_once(peers, method, t=t)
+    assert torch.allclose(peers.x.mean(0), before, rtol=0, atol=1e-12)

@@ -38,7 +38,7 @@ def fp32(seed: int) -> Codec:
 
 
 def bf16(seed: int) -> Codec:
-    """Rounded to bfloat16: 2 bytes a number, off by at most 2^-9 of each."""
+    """Rounded to bfloat16: 2 bytes a number, off by at most 2^-8 of each."""
     from dfl_lora.codecs.bf16 import Bf16
 
     return Bf16()

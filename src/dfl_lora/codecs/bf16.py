@@ -1,4 +1,4 @@
-"""bf16: each number rounded to 8 significant bits. 2 bytes a number; |q - x| <= 2^-9 |x| above the smallest normal."""
+"""bf16: each number rounded to 8 significant bits. 2 bytes a number; |q - x| <= 2^-8 |x| above the smallest normal."""
 
 from dataclasses import dataclass
 

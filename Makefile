@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-network test test-slow bench bench-quick bench-flower-env check clean
+.PHONY: demo study demo-network test test-slow bench bench-quick bench-flower-env check clean
 
 # The environment is made again when what it is made from changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -29,6 +29,9 @@ demo: .venv ## two runs of recipes/demo.yaml, DFL-LoRA and LoRA, side by side
 	$(BIN)/dfl-lora run recipes/demo.yaml --set name=demo-dfl-lora --overwrite
 	$(BIN)/dfl-lora run recipes/demo.yaml --set name=demo-lora --set method.schedule=lora --overwrite
 	@$(BIN)/python scripts/compare.py runs/demo-dfl-lora runs/demo-lora
+
+study: .venv ## the runs of recipes/study that have no row in docs/results yet, and its page
+	$(BIN)/python scripts/study.py
 
 demo-network: .venv ## recipes/demo.yaml, shortened, as seven processes that talk over mutual TLS
 	$(BIN)/dfl-lora up recipes/demo.yaml --set name=demo-network --set train.rounds=10 --set evaluate.every=5 --out runs/demo-network --overwrite

@@ -1,0 +1,217 @@
+"""Runs the study of recipes/study/study.yaml, block by block, and writes docs/results: rows, curves, figure, tables.
+
+    python scripts/study.py [BLOCK...] [--stop-after MINUTES]      (no block: all; only what has no row yet is run)
+    python scripts/study.py --report                               (writes the page from the rows there are)
+
+A run is known by block, arm, seed and the digest of its recipe; seeds come before arms, so that what is there can always
+be compared in pairs. Run directories lie under runs/study and go on where they were stopped.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from scipy import stats
+
+HERE = Path(__file__).parent.parent
+RECIPES, RESULTS, RUNS = HERE / "recipes/study", HERE / "docs/results", HERE / "runs/study"
+ROWS, CURVES, PAGE = RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS / "README.md"
+COLUMNS = (
+    "block", "arm", "seed", "rate", "mean", "worst", "consensus", "relative_disagreement", "late_disagreement",
+    "consensus_error", "bytes_per_peer", "recipe", "per_peer",
+)  # fmt: skip
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the study."""
+
+    block: str
+    arm: str
+    seed: int
+    rate: float
+    recipe: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.block, self.arm, str(self.seed), f"{self.rate:g}"
+
+    @property
+    def folder(self) -> Path:
+        name = self.arm.replace(", ", "-").replace(" ", "-")
+        return RUNS / self.block / f"{name}-{self.seed}-{self.rate:g}"
+
+    def command(self, verb: str, *more: str) -> list[str]:
+        values = {**self.settings, "train.seed": self.seed, "train.learning_rate": self.rate}
+        sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+        return [sys.executable, "-m", "dfl_lora", verb, str(self.recipe), *sets, *more]
+
+
+def trials(study: Mapping[str, Any], blocks: Sequence[str]) -> Iterator[Trial]:
+    """Yields the runs of some blocks, seed by seed."""
+    for name in blocks:
+        block = study["blocks"][name]
+        for seed in range(block["seeds"]):
+            for arm in block["arms"]:
+                for rate in block.get("rates", [1e-3]):
+                    settings = {**block.get("set", {}), **study["arms"][arm]}
+                    yield Trial(name, arm, seed, rate, RECIPES / block["recipe"], settings)
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run(trial: Trial) -> None:
+    """Runs a trial to its end, and adds what came of it to the rows and the curves."""
+    known = (trial.folder / "recipe.yaml").exists()
+    subprocess.run(
+        trial.command("run", "--out", str(trial.folder), *(["--resume"] if known else []), "--json"), check=True
+    )
+    summary = json.loads((trial.folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (trial.folder / "rounds.jsonl").read_text().splitlines()]
+    apart = [line.get("relative_disagreement") or 0.0 for line in lines]
+    accuracy = summary["accuracy"]
+    row = dict(zip(COLUMNS, (
+        *trial.key, *(f"{accuracy[name]:.4f}" for name in ("mean", "min", "consensus")), f"{apart[-1]:.3g}",
+        f"{np.median(apart[len(apart) // 2 :]):.3g}", f"{summary['consensus_error']:.3g}",
+        round(summary["bytes_sent_per_peer"]), summary["recipe_digest"][:12],
+        " ".join(f"{a:.4f}" for a in accuracy["per_peer"]),
+    ), strict=True))  # fmt: skip
+    rows = [old for old in read(ROWS) if key_of(old) != trial.key]
+    write(ROWS, [*rows, row], COLUMNS)
+    columns = ("block", "arm", "seed", "rate", "round", "loss", "relative_disagreement")
+    curves = [old for old in read(CURVES) if key_of(old) != trial.key]
+    new = [
+        dict(zip(columns, (*trial.key, line["round"], f"{line['loss']['mean']:.4f}", f"{far:.4g}"), strict=True))
+        for line, far in zip(lines, apart, strict=True)
+    ]
+    write(CURVES, [*curves, *new], columns)
+
+
+def key_of(row: Row) -> tuple[str, str, str, str]:
+    return row["block"], row["arm"], row["seed"], row["rate"]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Returns mean ± half of the 95 % interval of Student's t."""
+    if len(values) < 2:
+        return f"{np.mean(values):.3f}"
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields the table of each block: paired with the server where there are both."""
+    for block in dict.fromkeys(row["block"] for row in rows):
+        own = [row for row in rows if row["block"] == block]
+        rates = len({row["rate"] for row in own}) > 1
+        arms = dict.fromkeys((row["arm"], row["rate"] if rates else "") for row in own)
+        by = {
+            key: {row["seed"]: row for row in own if (row["arm"], row["rate"] if rates else "") == key} for key in arms
+        }
+        gossip = next((found for (arm, _), found in by.items() if arm == "lora"), {})
+        server = next((found for (arm, _), found in by.items() if arm == "server"), {})
+        yield f"\n## {block}\n"
+        yield "| arm | seeds | mean | worst peer | consensus | minus server (paired) | late disagreement | bytes / lora's |"
+        yield "|---|---|---|---|---|---|---|---|"
+        for (arm, rate), found in by.items():
+            both = [seed for seed in found if seed in server] if arm != "server" and not rates else []
+            gain = interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–"
+            cost = [
+                number(found[s], "bytes_per_peer") / number(gossip[s], "bytes_per_peer") for s in found if s in gossip
+            ]
+            yield (
+                f"| {arm}{f' at {rate}' if rate else ''} | {len(found)} | "
+                + " | ".join(
+                    interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")
+                )
+                + f" | {gain} | {np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}"
+                + f" | {f'{np.mean(cost):.2f}' if cost else '–'} |"
+            )
+
+
+def number(row: Row, name: str) -> float:
+    return float(row[name])
+
+
+def figure(curves: Sequence[Row], block: str) -> Path:
+    """Draws how far peers' products are apart, round by round: the median over seeds of each arm."""
+    own = [row for row in curves if row["block"] == block]
+    fig, axes = plt.subplots(figsize=(7, 4))
+    for arm in dict.fromkeys(row["arm"] for row in own):
+        points = dict[int, list[float]]()
+        for row in own:
+            if row["arm"] == arm:
+                points.setdefault(int(row["round"]), []).append(number(row, "relative_disagreement"))
+        axes.plot(list(points), [float(np.median(v)) for v in points.values()], label=arm)
+    axes.set(xlabel="round", ylabel="relative disagreement", yscale="log", title=block)
+    axes.legend(fontsize=7)
+    fig.tight_layout()
+    path = RESULTS / f"{block}.svg"
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+    return path
+
+
+def report() -> None:
+    """Writes the page of tables, and a figure for each block."""
+    rows, curves = read(ROWS), read(CURVES)
+    text = [
+        "# What the study found", "",
+        "Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run is in",
+        "[recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over seeds);",
+        "`minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is the",
+        "median over seeds of the median relative disagreement of the second half of the rounds.",
+        *tables(rows),
+    ]  # fmt: skip
+    for block in dict.fromkeys(row["block"] for row in curves):
+        text += ["", f"![Disagreement in {block}]({figure(curves, block).name})"]
+    PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    study = yaml.safe_load((RECIPES / "study.yaml").read_text(encoding="utf-8"))
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("blocks", nargs="*", choices=[*study["blocks"], []])
+    asked.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run after so many minutes")
+    asked.add_argument("--report", action="store_true", help="write the page and run nothing")
+    given, start = asked.parse_args(), monotonic()
+    for trial in () if given.report else trials(study, given.blocks or list(study["blocks"])):
+        if trial.key in {key_of(row) for row in read(ROWS)}:
+            continue
+        if given.stop_after is not None and monotonic() - start > 60 * given.stop_after:
+            break
+        print(f"{(monotonic() - start) / 60:6.1f} min  {trial.block}: {trial.arm}, seed {trial.seed}", flush=True)
+        run(trial)
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -91,9 +91,8 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str])
 def run(trial: Trial) -> None:
     """Runs a trial to its end, and adds what came of it to the rows and the curves."""
     known = (trial.folder / "recipe.yaml").exists()
-    subprocess.run(
-        trial.command("run", "--out", str(trial.folder), *(["--resume"] if known else []), "--json"), check=True
-    )
+    more = ["--out", str(trial.folder), "--json", *(["--resume"] if known else [])]
+    subprocess.run(trial.command("run", *more), check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((trial.folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (trial.folder / "rounds.jsonl").read_text().splitlines()]
     apart = [line.get("relative_disagreement") or 0.0 for line in lines]
@@ -133,28 +132,19 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         own = [row for row in rows if row["block"] == block]
         rates = len({row["rate"] for row in own}) > 1
         arms = dict.fromkeys((row["arm"], row["rate"] if rates else "") for row in own)
-        by = {
-            key: {row["seed"]: row for row in own if (row["arm"], row["rate"] if rates else "") == key} for key in arms
-        }
-        gossip = next((found for (arm, _), found in by.items() if arm == "lora"), {})
-        server = next((found for (arm, _), found in by.items() if arm == "server"), {})
+        by = {key: {r["seed"]: r for r in own if (r["arm"], r["rate"] if rates else "") == key} for key in arms}
+        lora, server = by.get(("lora", ""), {}), by.get(("server", ""), {})
         yield f"\n## {block}\n"
-        yield "| arm | seeds | mean | worst peer | consensus | minus server (paired) | late disagreement | bytes / lora's |"
+        yield "| arm | seeds | mean | worst peer | consensus | minus server | late disagreement | bytes / lora's |"
         yield "|---|---|---|---|---|---|---|---|"
         for (arm, rate), found in by.items():
-            both = [seed for seed in found if seed in server] if arm != "server" and not rates else []
-            gain = interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–"
-            cost = [
-                number(found[s], "bytes_per_peer") / number(gossip[s], "bytes_per_peer") for s in found if s in gossip
-            ]
-            yield (
-                f"| {arm}{f' at {rate}' if rate else ''} | {len(found)} | "
-                + " | ".join(
-                    interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")
-                )
-                + f" | {gain} | {np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}"
-                + f" | {f'{np.mean(cost):.2f}' if cost else '–'} |"
-            )
+            told = [interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")]
+            both = [seed for seed in found if seed in server] if arm != "server" else []
+            told.append(interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–")
+            told.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
+            cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
+            told.append(f"{np.mean(cost):.2f}" if cost else "–")
+            yield f"| {arm}{f' at {rate}' if rate else ''} | {len(found)} | {' | '.join(told)} |"
 
 
 def number(row: Row, name: str) -> float:
@@ -185,10 +175,10 @@ def report() -> None:
     rows, curves = read(ROWS), read(CURVES)
     text = [
         "# What the study found", "",
-        "Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run is in",
-        "[recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over seeds);",
-        "`minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is the",
-        "median over seeds of the median relative disagreement of the second half of the rounds.",
+        "Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run",
+        "is in [recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over",
+        "seeds); `minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is",
+        "the median over seeds of the median relative disagreement of the second half of the rounds.",
         *tables(rows),
     ]  # fmt: skip
     for block in dict.fromkeys(row["block"] for row in curves):

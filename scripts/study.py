@@ -1,10 +1,10 @@
-"""Runs the study of recipes/study/study.yaml, block by block, and writes docs/results: rows, curves, figure, tables.
+"""Runs the study of recipes/study/study.yaml, block by block, and writes docs/results: rows, curves, figures, tables.
 
-    python scripts/study.py [BLOCK...] [--stop-after MINUTES]      (no block: all; only what has no row yet is run)
-    python scripts/study.py --report                               (writes the page from the rows there are)
+    python scripts/study.py [BLOCK...] [--stop-after MINUTES]       runs what has no row yet; no block: all
+    python scripts/study.py --report                                writes the page from the rows there are
 
-A run is known by block, arm, seed and the digest of its recipe; seeds come before arms, so that what is there can always
-be compared in pairs. Run directories lie under runs/study and go on where they were stopped.
+A run is known by block, arm, seed and learning rate; seeds come before arms, so that what is there can always be
+compared in pairs. Run directories lie under runs/study and go on where they were stopped.
 """
 
 import argparse
@@ -34,6 +34,14 @@ COLUMNS = (
     "consensus_error", "bytes_per_peer", "recipe", "per_peer",
 )  # fmt: skip
 Row = dict[str, str]
+HEAD = """\
+# What the study found
+
+Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run is in
+[recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over seeds);
+`minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is the median
+over seeds of the median relative disagreement of the second half of the rounds.
+"""
 
 
 @dataclass(frozen=True)
@@ -173,14 +181,7 @@ def figure(curves: Sequence[Row], block: str) -> Path:
 def report() -> None:
     """Writes the page of tables, and a figure for each block."""
     rows, curves = read(ROWS), read(CURVES)
-    text = [
-        "# What the study found", "",
-        "Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run",
-        "is in [recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over",
-        "seeds); `minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is",
-        "the median over seeds of the median relative disagreement of the second half of the rounds.",
-        *tables(rows),
-    ]  # fmt: skip
+    text = [HEAD, *tables(rows)]
     for block in dict.fromkeys(row["block"] for row in curves):
         text += ["", f"![Disagreement in {block}]({figure(curves, block).name})"]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")

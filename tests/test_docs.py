@@ -7,10 +7,14 @@ import pytest
 from typer.main import get_command
 
 from dfl_lora.cli import app
+from dfl_lora.codecs import CODECS
+from dfl_lora.compatibility import CLASHES
+from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.graphs import GRAPHS
 from dfl_lora.metrics import METRICS
+from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
 
@@ -19,6 +23,9 @@ TABLES = {
     "topologies": GRAPHS,
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
+    "corrections": CORRECTIONS,
+    "mixers": MIXERS,
+    "codecs": CODECS,
     "tasks": TASKS,
     "metrics": METRICS,
     "partitions": PARTITIONS,
@@ -29,6 +36,11 @@ TABLES = {
 def test_every_row_of_every_table_is_documented(table: str) -> None:
     told = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "recipe.md").read_text()))
     assert set(TABLES[table]) - told == set()
+
+
+def test_what_does_not_go_together_is_documented_row_by_row() -> None:
+    told = (ROOT / "docs" / "recipe.md").read_text()
+    assert [c for c in CLASHES if f"| {c.one} | {c.other} | {c.reason} |" not in told] == []
 
 
 def test_the_readme_lists_every_file_with_what_it_is() -> None:

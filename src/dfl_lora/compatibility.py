@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dfl_lora.errors import UserError
 from dfl_lora.graphs import DENSE, Graph
 from dfl_lora.mixers import MOST_EXACT
-from dfl_lora.mixing import Mixing, chebyshev_contraction, eigenvalues, matrix
+from dfl_lora.mixing import ROUNDING, Mixing, chebyshev_contraction, eigenvalues, matrix
 from dfl_lora.recipe import Recipe
 
 Meets = Callable[[Recipe, Graph, Mixing], bool]
@@ -35,7 +35,7 @@ def too_low(recipe: Recipe, graph: Graph, mixing: Mixing) -> bool:
     w = matrix(graph, mixing)
     if axes.mixer.kind == "chebyshev" and axes.mixer.options["k"] > 1:
         return chebyshev_contraction(w, axes.mixer.options["k"]) >= -LOWEST
-    return bool(eigenvalues(w).min() <= LOWEST)
+    return bool(eigenvalues(w).min() <= LOWEST + ROUNDING)
 
 
 CLASHES: Sequence[Clash] = (

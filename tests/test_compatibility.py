@@ -1,0 +1,77 @@
+"""What does not go together is refused in one sentence, and what goes together runs."""
+
+from typing import Any
+
+import pytest
+
+from dfl_lora.compatibility import CLASHES, check_method
+from dfl_lora.errors import UserError
+from dfl_lora.preflight import graph_of, preflight
+from dfl_lora.reading import resolve
+from dfl_lora.recipe import Recipe
+
+TOY = {
+    "model": {"name_or_path": "toy"},
+    "lora": {"r": 2, "target_modules": ["first"]},
+    "task": {"kind": "toy"},
+    "data": {"path": "builtin/toy"},
+}
+MEETING: dict[tuple[str, str], dict[str, Any]] = {
+    ("mixer finite_time", "more than 10 peers"): {
+        "method": {"mixer": "finite_time"}, "peers": {"num_peers": 11, "topology": "ring"},
+    },
+    ("mixer finite_time", "participation below 1"): {
+        "method": {"mixer": "finite_time"}, "peers": {"participation": 0.5},
+    },
+    ("mixer exact", "participation below 1"): {"method": {"mixer": "exact"}, "peers": {"participation": 0.5}},
+    ("correction k_gt(second_moments)", "optimizer sgd"): {
+        "method": {"correction": "k_gt(second_moments=2)"}, "train": {"optimizer": "sgd"},
+    },
+    ("correction d2", "eigenvalues of -1/3 or less"): {
+        "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
+    },
+}  # fmt: skip
+APART: dict[tuple[str, str], dict[str, Any]] = {
+    ("mixer finite_time", "more than 10 peers"): {"peers": {"num_peers": 10, "topology": "ring"}},
+    ("mixer finite_time", "participation below 1"): {"peers": {"participation": 1.0}},
+    ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
+    ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
+    ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
+}
+"""What is changed in each of those, so that they do go together."""
+
+
+def recipe_of(case: dict[str, Any], more: dict[str, Any]) -> Recipe:
+    parts = {part: {**case.get(part, {}), **more.get(part, {})} for part in {*case, *more}}
+    return resolve({**TOY, **parts})
+
+
+def test_every_row_has_a_case() -> None:
+    assert {(c.one, c.other) for c in CLASHES} == set(MEETING) == set(APART)
+
+
+@pytest.mark.parametrize("pair", MEETING, ids=" with ".join)
+def test_what_does_not_go_together_is_refused_and_its_neighbour_is_not(pair: tuple[str, str]) -> None:
+    clash = next(c for c in CLASHES if (c.one, c.other) == pair)
+    with pytest.raises(UserError) as told:
+        preflight(recipe_of(MEETING[pair], {}))
+    assert str(told.value) == f"{clash.one} does not go with {clash.other}: {clash.reason}."
+    recipe = recipe_of(MEETING[pair], APART[pair])
+    check_method(recipe, *graph_of(recipe))
+
+
+def test_d2_needs_a_polynomial_whose_values_are_above_minus_a_third() -> None:
+    """Chebyshev's reach from minus its contraction: 0.18 on a ring of seven, 0.66 on one of sixteen."""
+    for num_peers, fits in ((7, True), (16, False)):
+        recipe = resolve(
+            {
+                **TOY,
+                "method": {"correction": "d2", "mixer": "chebyshev(k=3)"},
+                "peers": {"num_peers": num_peers, "topology": "ring"},
+            }
+        )
+        if fits:
+            check_method(recipe, *graph_of(recipe))
+        else:
+            with pytest.raises(UserError, match="it diverges"):
+                check_method(recipe, *graph_of(recipe))

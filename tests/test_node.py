@@ -145,7 +145,7 @@ CHANGES: list[tuple[dict[str, Any], Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "change", "said"), CHANGES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("keys", "change", "said"), CHANGES, ids=[said for _, _, said in CHANGES])
 def test_a_node_that_does_not_go_with_its_federation_is_refused(
     keys: dict[str, Any], change: Change, said: str, tmp_path: Path
 ) -> None:

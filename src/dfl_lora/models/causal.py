@@ -7,9 +7,9 @@ of a token's loss with respect to its hidden state is made in the same moment an
 
     l_i = -log softmax(head(h_i))[next token],   dl_i/dh_i kept,   g_h_i = g_l_i dl_i/dh_i
 
-torch's `F.linear_cross_entropy` works in the same way, but tells no answers and knows no capped logits, and on a CPU it
-took three times as long (torch 2.13, float32, one thread, 512 tokens, 1,024 wide, 32,000 words: 3.3 to 3.6 s, against
-1.1 to 1.4 here and 1.0 to 1.1 with all logits at once).
+torch's `F.linear_cross_entropy` works in the same way and in the same time, but tells no answers and knows no capped or
+scaled logits (torch 2.13, float32, one thread, 512 tokens, 1,024 wide, 32,000 words: 1.0 to 1.3 s, against 1.2 to 1.4
+here and 1.0 to 1.7 with all logits at once; scripts/token_losses.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -70,9 +70,10 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_end_with_the_bits_of_the_simulation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["fp32", "top_k"])
+def test_two_processes_end_with_the_bits_of_the_simulation(codec: str, tmp_path: Path) -> None:
     """By the seed's order, so that they gossip before the first round as well."""
-    recipe = written(tmp_path / "toy.yaml", toy(train={"order": "seed"}))
+    recipe = written(tmp_path / "toy.yaml", toy(train={"order": "seed"}, method={"codec": codec}))
     assert call("run", recipe, "--out", tmp_path / "run", "--json") == 0
     nodes = found(tmp_path, [[0, 2], [1]])
     for process in [peer(recipe, node) for node in nodes]:

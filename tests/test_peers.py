@@ -28,6 +28,13 @@ def test_all_start_at_the_same_adapter_with_empty_memories() -> None:
     assert not peers.counters.any()
 
 
+def test_replicas_begin_where_all_peers_start() -> None:
+    peers = Peers(range(3), START, COMMON, memory=["start", "replica", "gap"])
+    assert torch.equal(peers.memory["replica"], START.flat.expand(3, -1))
+    assert torch.equal(peers.memory["start"], START.flat.expand(3, -1))
+    assert not peers.memory["gap"].any()
+
+
 def test_the_start_is_copied() -> None:
     peers = Peers([0], START, COMMON)
     peers.x.zero_()

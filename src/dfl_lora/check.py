@@ -24,7 +24,7 @@ from dfl_lora.rounds import Traffic, mix
 
 @dataclass(frozen=True)
 class Silence:
-    """A network that takes every frame and delivers none: what is sent can be counted, and no peer changes."""
+    """A network that takes every frame and delivers none: what is sent can be counted, and no adapter changes."""
 
     def exchange(self, round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
         return Arrived({i: {} for i in outgoing})

@@ -20,6 +20,9 @@ from dfl_lora.tensors import Layout, Tensors
 STEPS = len(ROLES)
 """counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
 
+BEGIN_AT_X = frozenset({"start", "replica"})
+"""Vectors of the memory that begin at the start of all peers; the others begin at zero."""
+
 MEAN_COLUMNS = 1024
 """Columns of x that are in float64 at a time."""
 
@@ -29,7 +32,7 @@ class Peer:
     """One party; every tensor is a view of its row.
 
     `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction
-    keeps: `gradient_shift` is added to every gradient after clipping, `step_shift` to x after every step,
+    and a codec keep: `gradient_shift` is added to every gradient after clipping, `step_shift` to x after every step,
     `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart), `start` begins at x; each
     is absent unless a correction names it.
     """
@@ -65,8 +68,8 @@ class Peers(Sequence[Peer]):
         self.x = zeros(place, *kind).copy_(start.flat)  # [N, P]
         self.optimizer = {name: zeros(place, *kind) for name in optimizer}
         self.memory = {name: zeros(place, *kind) for name in memory}
-        if "start" in self.memory:
-            self.memory["start"].copy_(start.flat)
+        for name in BEGIN_AT_X & self.memory.keys():
+            self.memory[name].copy_(start.flat)
         self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
 
     @overload

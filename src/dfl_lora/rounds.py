@@ -11,9 +11,10 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dfl_lora import blocked
-from dfl_lora.codecs import Codec
+from dfl_lora.codecs import Codec, Memory
 from dfl_lora.codecs.fp32 import Fp32
 from dfl_lora.combine import COMBINES, Combine, Fault, Inbox
 from dfl_lora.corrections import Correction
@@ -126,7 +127,7 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
                 lost.add(i)
             for fault in inbox.refused.values():
                 traffic.refused[fault] = traffic.refused.get(fault, 0) + 1
-            combined[i] = method.combine(inbox)
+            combined[i] = taken(method, inbox, hosted[i].memory)
         return combined
 
     outgoing = {i: method.correction.outgoing(p, phase) for i, p in hosted.items()}
@@ -136,6 +137,11 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
         method.correction.incoming(hosted[i], phase, mixed)
     take_back(peers, undone, method)
     return traffic
+
+
+def taken(method: Method, inbox: Inbox, memory: Memory) -> Tensors:
+    """Returns what the own value becomes; the codec says to what the flows are added, and what then becomes of it."""
+    return method.codec.take(inbox.own, lambda vector: method.combine(replace(inbox, own=vector)), memory)
 
 
 def at_once(peers: Peers, method: Method, network: Network) -> bool:
@@ -173,8 +179,13 @@ def take_back(peers: Peers, undone: Iterable[Undone], method: Method) -> None:
             weight = method.mixing(method.topology(u.round), u.peer).weights[u.neighbour] * gain(
                 method.mixer, u.exchange, u.round
             )
-            flow = (theirs.flat - own.flat).mul_(weight)
-            method.correction.incoming(peer, phase, now.with_flat(now.flat - flow))
+            back = adding((own.flat - theirs.flat).mul_(weight))
+            method.correction.incoming(peer, phase, method.codec.take(now, back, peer.memory))
+
+
+def adding(flow: Tensor) -> Callable[[Tensors], Tensors]:
+    """Returns what adds a flow to a vector."""
+    return lambda vector: vector.with_flat(vector.flat + flow)
 
 
 def gain(mixer: Mixer, exchange: int, t: int) -> float:

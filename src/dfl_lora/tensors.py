@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dfl_lora.roles import ROLES, Role
+from dfl_lora.roles import ROLES, Role, Roles
 
 Shape = tuple[int, ...]
 
@@ -55,6 +55,10 @@ class Layout:
     @cached_property
     def size(self) -> int:
         return self.entries[-1].stop if self.entries else 0
+
+    @cached_property
+    def roles(self) -> Roles:
+        return Roles(e.role for e in self.entries)
 
     @cached_property
     def by_name(self) -> Mapping[str, Entry]:

@@ -35,7 +35,7 @@ def random_peers() -> RandomPeers:
         start = Tensors(torch.zeros(LAYOUT.size, dtype=torch.float64), LAYOUT)
         frozen = start.select(frozenset(ROLES) - trained)
         common = frozen.with_flat(torch.randn(frozen.flat.shape, generator=torch_stream(1), dtype=torch.float64))
-        peers = Peers(range(NUM_PEERS), start.select(trained), common, memory=method.correction.memory)
+        peers = Peers(range(NUM_PEERS), start.select(trained), common, memory=method.memory)
         peers.x.copy_(torch.randn(peers.x.shape, generator=torch_stream(2), dtype=torch.float64))
         return peers
 

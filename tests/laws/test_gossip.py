@@ -455,7 +455,7 @@ def test_traffic_counts_every_message_and_its_bytes(random_peers: RandomPeers, g
     assert traffic.refused == {}
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [name for name, make in CODECS.items() if not make(0).memory])
 @every_method
 def test_the_mean_stays_under_every_codec(random_peers: RandomPeers, mixer: str, correction: str, codec: str) -> None:
     """The own value enters as it was sent."""

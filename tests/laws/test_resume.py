@@ -66,6 +66,10 @@ RECIPES = {
     "the seed's order, sgd, before and after mixing": recipe_of(
         train__order="seed", train__optimizer="sgd", train__shuffle=False, evaluate__before_mixing=True,
     ),
+    "error feedback, some absent": recipe_of(
+        method__codec="top_k(share=0.3)", peers__participation=0.7, method__correction="quasi_global",
+    ),
+    "replicas": recipe_of(method__codec="choco", train__order="seed"),
 }  # fmt: skip
 
 

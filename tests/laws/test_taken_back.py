@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from dfl_lora.codecs import CODECS
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.corrections.local import Local
@@ -113,6 +114,24 @@ def test_the_mean_holds_again_whatever_corrects_peers(
     for name in ("step_shift", *(("gradient_shift",) if correction == "k_gt" else ())):
         if name in peers.memory:
             assert peers.memory[name].any() and peers.memory[name].mean(0).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "choco"])
+@pytest.mark.parametrize("correction", ["none", "quasi_global"])
+def test_the_mean_holds_again_under_every_codec_that_may_lose_messages(
+    random_peers: RandomPeers, correction: str, codec: str
+) -> None:
+    """An exchange is taken back as it was taken in: times gamma."""
+    method = Method(
+        SCHEDULES["lora"]("shared"), lambda t: LINK4, codec=CODECS[codec](0),
+        correction=CORRECTIONS[correction](Local(lambda i: 3, lambda t: 0.1, False)),
+    )  # fmt: skip
+    peers, network = random_peers(method), OneSided(3, 4, 0)
+    mean = peers.x.mean(0)
+    mix(peers, method.schedule(1), LINK4, 1, method, network)
+    assert (peers.x.mean(0) - mean).abs().max() > 1e-3
+    mix(peers, method.schedule(2), LINK4, 2, method, network)
+    assert (peers.x.mean(0) - mean).abs().max() < 1e-12
 
 
 def test_what_is_taken_back_of_an_absent_peer_is_taken_back_all_the_same(random_peers: RandomPeers) -> None:

@@ -1,5 +1,6 @@
 """bf16: each number rounded to 8 significant bits. 2 bytes a number; |q - x| <= 2^-8 |x| above the smallest normal."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,3 +26,6 @@ class Bf16:
         flat = frame.body["x"]
         fits = flat.shape == like.flat.shape and flat.dtype == torch.bfloat16
         return like.with_flat(flat.to(like.flat)) if fits else None
+
+    def take(self, x: Tensors, add: Callable[[Tensors], Tensors], memory: object) -> Tensors:
+        return add(x)

@@ -7,6 +7,7 @@ of them would be zero, and steps divide by their roots. Draws are named by peer,
 the same bits again, and a simulation those of real peers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,9 @@ class Int8:
             return None
         numbers = body["q"].to(like.flat) * spread(body["s"].to(like.flat), sizes)
         return like.with_flat(torch.cat([numbers, body["v"].to(like.flat)]) if "v" in body else numbers)
+
+    def take(self, x: Tensors, add: Callable[[Tensors], Tensors], memory: object) -> Tensors:
+        return add(x)
 
 
 def rounded(layout: Layout) -> tuple[int, list[int]]:

@@ -444,6 +444,15 @@ def test_the_metric_is_the_tasks_own_unless_another_is_asked_for(settings: tuple
     assert with_settings(*settings).evaluate.metric == metric
 
 
+@pytest.mark.parametrize(
+    ("key", "other"), [("correction=k_gt(clip=2.0)", "led"), ("mixer=chebyshev(k=5)", "closing"), ("codec=top_k", "fp32")]
+)
+def test_the_rows_of_a_method_have_options_of_their_own(key: str, other: str) -> None:
+    axis = key.split("=")[0]
+    recipe = with_settings(f"method.{key}", f"method.{axis}.kind={other}")
+    assert getattr(recipe.method, axis).model_dump() == other
+
+
 def test_setting_another_row_of_a_table_drops_the_options_of_the_old_one() -> None:
     recipe = with_settings("data.partition=dirichlet(alpha=0.1, min_size=5)", "data.partition.kind=shards")
     assert recipe.model_dump()["data"]["partition"] == {"kind": "shards", "per_peer": 2, "min_size": 5, "seed": None}

@@ -9,9 +9,12 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dfl_lora.choices import NAME, named, options_of
+from dfl_lora.codecs import CODECS
+from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.errors import UserError, nearest
 from dfl_lora.graphs import GRAPHS
+from dfl_lora.mixers import MIXERS
 from dfl_lora.recipe import Recipe
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import read_yaml
@@ -25,6 +28,9 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "data.partition": PARTITIONS,
     "peers.topology": GRAPHS,
     "method.schedule": SCHEDULES,
+    "method.correction": CORRECTIONS,
+    "method.mixer": MIXERS,
+    "method.codec": CODECS,
 }
 """Keys whose value is a row of a table with options; setting another row drops the options of the old one."""
 BRANCH = re.compile(r"(?:literal|list)\[.*\]|str|(?:constrained-)?int|<.*>", re.DOTALL)

@@ -30,6 +30,13 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("correction d2", "eigenvalues of -1/3 or less"): {
         "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
     },
+    ("codec top_k or choco", "any mixer but plain and exact"): {"method": {"codec": "top_k", "mixer": "chebyshev"}},
+    ("codec top_k or choco", "correction k_gt"): {"method": {"codec": "choco", "correction": "k_gt"}},
+    ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "top_k", "correction": "led"}},
+    ("codec choco", "participation below 1"): {"method": {"codec": "choco"}, "peers": {"participation": 0.5}},
+    ("codec choco", "schedule alternating(mix=trained)"): {
+        "method": {"codec": "choco", "schedule": "alternating(mix=trained)"},
+    },
 }  # fmt: skip
 APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "more than 10 peers"): {"peers": {"num_peers": 10, "topology": "ring"}},
@@ -37,6 +44,11 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
+    ("codec top_k or choco", "any mixer but plain and exact"): {"method": {"mixer": "exact"}},
+    ("codec top_k or choco", "correction k_gt"): {"method": {"correction": "quasi_global"}},
+    ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "int8"}},
+    ("codec choco", "participation below 1"): {"method": {"codec": "top_k"}},
+    ("codec choco", "schedule alternating(mix=trained)"): {"method": {"schedule": "alternating(mix=both)"}},
 }
 """What is changed in each of those, so that they do go together."""
 
@@ -58,6 +70,14 @@ def test_what_does_not_go_together_is_refused_and_its_neighbour_is_not(pair: tup
     assert str(told.value) == f"{clash.one} does not go with {clash.other}: {clash.reason}."
     recipe = recipe_of(MEETING[pair], APART[pair])
     check_method(recipe, *graph_of(recipe))
+
+
+def test_what_needs_every_message_is_refused_between_real_peers_alone() -> None:
+    recipe = recipe_of({"method": {"codec": "choco"}}, {})
+    preflight(recipe)
+    with pytest.raises(UserError, match=r"codec choco does not go with real peers: .* use codec top_k\.$"):
+        preflight(recipe, real=True)
+    preflight(recipe_of({"method": {"codec": "top_k"}}, {}), real=True)
 
 
 def test_d2_needs_a_polynomial_whose_values_are_above_minus_a_third() -> None:

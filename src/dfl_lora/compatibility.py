@@ -38,6 +38,11 @@ def too_low(recipe: Recipe, graph: Graph, mixing: Mixing) -> bool:
     return bool(eigenvalues(w).min() <= LOWEST + ROUNDING)
 
 
+def is_sparse(recipe: Recipe) -> bool:
+    """Tells whether messages hold the largest numbers alone, the rest being kept for later ones."""
+    return recipe.method.codec.kind in ("top_k", "choco")
+
+
 CLASHES: Sequence[Clash] = (
     Clash(
         "mixer finite_time", "more than 10 peers",
@@ -68,11 +73,46 @@ CLASHES: Sequence[Clash] = (
         too_low,
         "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
     ),
+    Clash(
+        "codec top_k or choco", "any mixer but plain and exact",
+        lambda r, g, w: is_sparse(r) and r.method.mixer.kind not in ("plain", "exact"),
+        "what one exchange leaves out the next would add to another vector; use codec bf16 or int8",
+    ),
+    Clash(
+        "codec top_k or choco", "correction k_gt",
+        lambda r, g, w: is_sparse(r) and r.method.correction.kind == "k_gt",
+        "the largest numbers of a message of several vectors may all be of one; use codec bf16 or int8",
+    ),
+    Clash(
+        "codec top_k or choco", "correction led or d2",
+        lambda r, g, w: is_sparse(r) and r.method.correction.kind in ("led", "d2"),
+        "what their shifts gather of a mix that comes late makes peers diverge; use codec bf16 or int8",
+    ),
+    Clash(
+        "codec choco", "participation below 1",
+        lambda r, g, w: r.method.codec.kind == "choco" and r.peers.participation < 1,
+        "it needs every message; use codec top_k",
+    ),
+    Clash(
+        "codec choco", "schedule alternating(mix=trained)",
+        lambda r, g, w: (
+            r.method.codec.kind == "choco"
+            and r.method.schedule.kind == "alternating"
+            and r.method.schedule.options["mix"] == "trained"
+        ),
+        "its replicas are of what is shared in every round; use mix=both",
+    ),
 )  # fmt: skip
+LOSSY = Clash(
+    "codec choco", "real peers",
+    lambda r, g, w: r.method.codec.kind == "choco",
+    "messages between them can be lost, and it needs every one; use codec top_k",
+)  # fmt: skip
+"""Of a recipe whose peers are hosted by several processes."""
 
 
-def check_method(recipe: Recipe, graph: Graph, mixing: Mixing) -> None:
-    """Raises where two values of a method cannot be used together."""
-    for clash in CLASHES:
+def check_method(recipe: Recipe, graph: Graph, mixing: Mixing, *, real: bool = False) -> None:
+    """Raises where two values of a method cannot be used together; `real`: between real peers."""
+    for clash in (*CLASHES, *([LOSSY] if real else [])):
         if clash.meets(recipe, graph, mixing):
             raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.")

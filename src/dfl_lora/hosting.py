@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dfl_lora.build import Federation
+from dfl_lora.compatibility import check_method
 from dfl_lora.errors import UserError
 from dfl_lora.fitting import fitted
 from dfl_lora.membership.identity import Identity
@@ -24,7 +25,7 @@ from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
 from dfl_lora.networks.refused_handshakes import Listening
 from dfl_lora.node import Node
-from dfl_lora.preflight import TOY
+from dfl_lora.preflight import TOY, graph_of
 from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record, take_back
 from dfl_lora.run_directory import RECIPE, Line, held, prepare
@@ -63,6 +64,7 @@ def host(
     overwrite: bool,
 ) -> Line:
     """Runs a node's peers of a recipe to the end in directory `run` and returns the summary; `tell` shows events."""
+    check_method(recipe, *graph_of(recipe), real=True)
     open_more_files()
     prepare(run, resume, overwrite)
     federation = fitted(build_for(node.over(recipe), run, node.peers, resume=resume), recipe)

@@ -43,10 +43,13 @@ SHORT = 8
 """Tokens of a row below which it is counted whether the special tokens leave room for any word."""
 
 
-def preflight(recipe: Recipe, ids: Sequence[int] | None = None) -> None:
-    """Raises one sentence where a cheap look tells that a recipe cannot run, hosting the peers `ids` (None: all)."""
+def preflight(recipe: Recipe, ids: Sequence[int] | None = None, *, real: bool = False) -> None:
+    """Raises one sentence where a cheap look tells that a recipe cannot run, hosting the peers `ids` (None: all).
+
+    `real`: other processes host the other peers.
+    """
     hosted = range(recipe.peers.num_peers) if ids is None else ids
-    check_method(recipe, *graph_of(recipe))
+    check_method(recipe, *graph_of(recipe), real=real)
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)

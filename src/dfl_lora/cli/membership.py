@@ -46,7 +46,7 @@ def found(
     addresses, listen = founding.checked_addresses(address, listen)
     resolved = load_recipe(recipe, settings or ())
     peers = hosted(peer or [0], resolved.peers.num_peers)
-    preflight(resolved, peers)
+    preflight(resolved, peers, real=True)
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

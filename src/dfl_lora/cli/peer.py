@@ -39,7 +39,7 @@ def peer(
     here = own.over(shared)
     # a folder in the place of a name of the hub has no revision, but the recipe's is still a part of its digest
     unversioned = here.model.model_copy(update={"revision": None})
-    preflight(here if own.model is None else here.model_copy(update={"model": unversioned}), own.peers)
+    preflight(here if own.model is None else here.model_copy(update={"model": unversioned}), own.peers, real=True)
     if resume:
         check_resume(directory)
     if own.insecure:
@@ -72,7 +72,7 @@ def up(
 
     resolved = load_recipe(recipe, [*(settings or ()), *([] if peers is None else [f"peers.num_peers={peers}"])])
     prepare(out, resume, overwrite)
-    preflight(resolved)
+    preflight(resolved, real=True)
     if resume:
         check_resume(out)
     with resumable(out / "peer-000", resume):  # the checkpoints are the peers'

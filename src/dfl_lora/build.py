@@ -52,6 +52,8 @@ class Federation:
     learner: Learner
     data: Data
     export: Export | None
+    short: str = ""
+    """What to say where even the smallest passes are predicted to need more memory than there is."""
 
 
 def build(

@@ -147,8 +147,6 @@ def test_groups_shrink_where_memory_is_short_and_no_bit_changes(tmp_path: Path) 
     assert largest(shrunk) == 1 and shrunk.recipe.compute.group_tokens < plain.recipe.compute.group_tokens
     said = r"about \d[\d,]* MiB .* and 0 MiB are there, with one peer a pass; lower train.batch_size"
     assert re.match(said, shrunk.short)
-        r"about \d[\d,]* MiB .* and 0 MiB are there, with one peer a pass; lower train.batch_size", shrunk.short
-    )
     assert not plain.short
     for federation in (plain, shrunk):
         federation.learner.train(federation.peers, federation.method.schedule(1), 1)

@@ -30,6 +30,13 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("correction d2", "eigenvalues of -1/3 or less"): {
         "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
     },
+    ("combine product, fair or rotated", "a correction"): {"method": {"combine": "fair", "correction": "led"}},
+    ("combine product, fair or rotated", "mixers of several exchanges"): {
+        "method": {"combine": "product", "mixer": "chebyshev(k=2)"},
+    },
+    ("combine product, fair or rotated", "schedules that share one factor"): {
+        "method": {"combine": "rotated", "schedule": "alternating(mix=trained)"},
+    },
 }  # fmt: skip
 APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "more than 10 peers"): {"peers": {"num_peers": 10, "topology": "ring"}},
@@ -37,6 +44,9 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
+    ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
+    ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
+    ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},
 }
 """What is changed in each of those, so that they do go together."""
 

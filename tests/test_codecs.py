@@ -243,7 +243,7 @@ def test_int8_is_off_by_at_most_a_step_of_its_tensor(values: list[float], peer: 
     assert decoded is not None
     for name, own in message.items():
         step = float(own.abs().max()) / 127
-        assert float((decoded[name] - own).abs().max()) <= step * (1 + 1e-4) + 1e-36
+        assert float((decoded[name] - own).abs().max()) <= step * (1 + 1e-4) + 2e-36  # steps below normal numbers
 
 
 @settings(deadline=None, max_examples=60)

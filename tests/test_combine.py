@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfl_lora.combine import COMBINES, Inbox, mean
+from dfl_lora.combine import Inbox, mean
 from dfl_lora.mixing import Row
+from dfl_lora.products import COMBINES
 from dfl_lora.tensors import Layout, Tensors
 
 LAYOUT = Layout.of({"q.B": ("B", (2,)), "head": ("head", (1,))})

@@ -30,9 +30,17 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("correction d2", "eigenvalues of -1/3 or less"): {
         "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
     },
-    ("codec top_k or choco", "any mixer but plain and exact"): {"method": {"codec": "top_k", "mixer": "chebyshev"}},
+    ("combine product, fair or rotated", "a correction"): {"method": {"combine": "fair", "correction": "led"}},
+    ("combine product, fair or rotated", "mixers of several exchanges"): {
+        "method": {"combine": "product", "mixer": "chebyshev(k=2)"},
+    },
+    ("combine product, fair or rotated", "schedules that share one factor"): {
+        "method": {"combine": "rotated", "schedule": "alternating(mix=trained)"},
+    },
+    ("codec top_k or choco", "mixers of several exchanges"): {"method": {"codec": "top_k", "mixer": "chebyshev"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"codec": "choco", "correction": "k_gt"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "top_k", "correction": "led"}},
+    ("codec top_k or choco", "combine product, fair or rotated"): {"method": {"codec": "choco", "combine": "fair"}},
     ("codec choco", "participation below 1"): {"method": {"codec": "choco"}, "peers": {"participation": 0.5}},
     ("codec choco", "schedule alternating(mix=trained)"): {
         "method": {"codec": "choco", "schedule": "alternating(mix=trained)"},
@@ -44,9 +52,13 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
-    ("codec top_k or choco", "any mixer but plain and exact"): {"method": {"mixer": "exact"}},
+    ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
+    ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
+    ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},
+    ("codec top_k or choco", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"correction": "quasi_global"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "int8"}},
+    ("codec top_k or choco", "combine product, fair or rotated"): {"method": {"combine": "mean"}},
     ("codec choco", "participation below 1"): {"method": {"codec": "top_k"}},
     ("codec choco", "schedule alternating(mix=trained)"): {"method": {"schedule": "alternating(mix=both)"}},
 }

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from dfl_lora.compatibility import check_method
 from dfl_lora.errors import UserError
+from dfl_lora.preflight import graph_of
 from dfl_lora.reading import load_recipe, resolve
 from dfl_lora.recipe import Recipe
 from tiny import Content, written
@@ -426,7 +428,12 @@ def test_every_field_says_what_it_is() -> None:
     assert undocumented(Recipe, "recipe") == []
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
+STUDY = Path(__file__).parents[1] / "recipes" / "study" / "study.yaml"
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES.remove(STUDY)  # a list of what is set in the others
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_the_recipes_of_the_project_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFL_LORA_DATA", raising=False)
     recipe = load_recipe(path)
@@ -445,7 +452,8 @@ def test_the_metric_is_the_tasks_own_unless_another_is_asked_for(settings: tuple
 
 
 @pytest.mark.parametrize(
-    ("key", "other"), [("correction=k_gt(clip=2.0)", "led"), ("mixer=chebyshev(k=5)", "closing"), ("codec=top_k", "fp32")]
+    ("key", "other"),
+    [("correction=k_gt(clip=2.0)", "led"), ("mixer=chebyshev(k=5)", "closing"), ("codec=top_k", "fp32")],
 )
 def test_the_rows_of_a_method_have_options_of_their_own(key: str, other: str) -> None:
     axis = key.split("=")[0]
@@ -477,3 +485,14 @@ def test_the_path_of_saved_rows_is_expanded_as_every_path_is(toy_run: Path, monk
     monkeypatch.setenv("RUNS", str(toy_run.parent))
     recipe = with_settings("data.partition=saved(path=${RUNS}/run)")
     assert recipe.data.partition.path == str(toy_run) and len(recipe.data.partition.sha256) == 64
+
+
+def test_every_run_of_the_study_is_a_recipe_that_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFL_LORA_DATA", "/data")
+    study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
+    assert {arm for block in study["blocks"].values() for arm in block["arms"]} == set(study["arms"])
+    for block in study["blocks"].values():
+        for arm in block["arms"]:
+            settings = [f"{key}={value}" for key, value in {**block.get("set", {}), **study["arms"][arm]}.items()]
+            recipe = load_recipe(STUDY.parent / block["recipe"], settings)
+            check_method(recipe, *graph_of(recipe))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfl_lora import combine, graphs, machine, schedules
+from dfl_lora import graphs, machine, schedules
 from dfl_lora.compatibility import check_method
 from dfl_lora.corrections.local import Local
 from dfl_lora.data import tasks
@@ -32,6 +32,7 @@ from dfl_lora.participation import absence
 from dfl_lora.peer_data import TOY_INPUTS, TOY_LABELS, Data, causal_data, text_data, toy_data
 from dfl_lora.peers import Peers
 from dfl_lora.preflight import TOY, check_attention, check_participation, check_toy, graph_of
+from dfl_lora.products import COMBINES
 from dfl_lora.recipe import Compute, Recipe
 from dfl_lora.rounds import Method
 from dfl_lora.streams import torch_stream
@@ -52,6 +53,8 @@ class Federation:
     learner: Learner
     data: Data
     export: Export | None
+    short: str = ""
+    """What to say where even the smallest passes are predicted to need more memory than there is."""
 
 
 def build(
@@ -219,7 +222,7 @@ def build_method(recipe: Recipe, local: Local) -> tuple[graphs.Graph, Method]:
         weights,
         axes.correction.of(local),
         axes.mixer.of(graph, weights, recipe.train.rounds),
-        combine.COMBINES[axes.combine],
+        COMBINES[axes.combine],
         axes.codec.of(recipe.train.seed),
     )
 

@@ -69,6 +69,3 @@ def mean(inbox: Inbox) -> Tensors:
         else:
             total.sub_((sent - message.flat).mul_(weight))
     return inbox.own.with_flat(total)
-
-
-COMBINES: dict[str, Combine] = {"mean": mean}

@@ -38,11 +38,6 @@ def too_low(recipe: Recipe, graph: Graph, mixing: Mixing) -> bool:
     return bool(eigenvalues(w).min() <= LOWEST + ROUNDING)
 
 
-def is_sparse(recipe: Recipe) -> bool:
-    """Tells whether messages hold the largest numbers alone, the rest being kept for later ones."""
-    return recipe.method.codec.kind in ("top_k", "choco")
-
-
 CLASHES: Sequence[Clash] = (
     Clash(
         "mixer finite_time", "more than 10 peers",
@@ -74,7 +69,22 @@ CLASHES: Sequence[Clash] = (
         "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
     ),
     Clash(
-        "codec top_k or choco", "any mixer but plain and exact",
+        "combine product, fair or rotated", "a correction",
+        lambda r, g, w: r.method.combine != "mean" and r.method.correction.kind != "none",
+        "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",
+    ),
+    Clash(
+        "combine product, fair or rotated", "mixers of several exchanges",
+        lambda r, g, w: r.method.combine != "mean" and r.method.mixer.kind not in ("plain", "exact"),
+        "polynomials of what is not linear mean nothing; use mixer plain or exact",
+    ),
+    Clash(
+        "combine product, fair or rotated", "schedules that share one factor",
+        lambda r, g, w: r.method.combine != "mean" and not both_shared(r),
+        "products need A and B in one message, and with a common A the mean is exact; use combine mean",
+    ),
+    Clash(
+        "codec top_k or choco", "mixers of several exchanges",
         lambda r, g, w: is_sparse(r) and r.method.mixer.kind not in ("plain", "exact"),
         "what one exchange leaves out the next would add to another vector; use codec bf16 or int8",
     ),
@@ -87,6 +97,11 @@ CLASHES: Sequence[Clash] = (
         "codec top_k or choco", "correction led or d2",
         lambda r, g, w: is_sparse(r) and r.method.correction.kind in ("led", "d2"),
         "what their shifts gather of a mix that comes late makes peers diverge; use codec bf16 or int8",
+    ),
+    Clash(
+        "codec top_k or choco", "combine product, fair or rotated",
+        lambda r, g, w: is_sparse(r) and r.method.combine != "mean",
+        "what is left out of factors is no part of their products; use codec bf16 or int8",
     ),
     Clash(
         "codec choco", "participation below 1",
@@ -109,6 +124,17 @@ LOSSY = Clash(
     "messages between them can be lost, and it needs every one; use codec top_k",
 )  # fmt: skip
 """Of a recipe whose peers are hosted by several processes."""
+
+
+def is_sparse(recipe: Recipe) -> bool:
+    """Tells whether messages hold the largest numbers alone, the rest being kept for later ones."""
+    return recipe.method.codec.kind in ("top_k", "choco")
+
+
+def both_shared(recipe: Recipe) -> bool:
+    """Tells whether both factors are in the messages of every round."""
+    schedule = recipe.method.schedule.of(recipe.method.head)
+    return all({"A", "B"} <= schedule(t).shared for t in range(1, recipe.train.rounds + 1))
 
 
 def check_method(recipe: Recipe, graph: Graph, mixing: Mixing, *, real: bool = False) -> None:

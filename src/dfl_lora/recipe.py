@@ -227,7 +227,7 @@ class MethodPart(Part):
     """Against drift towards the own data."""
     mixer: choice(MIXERS, "plain") = "plain"  # type: ignore[valid-type]
     """How W is applied in a round."""
-    combine: Literal["mean"] = "mean"
+    combine: Literal["mean", "product", "fair", "rotated"] = "mean"
     """How a neighbourhood becomes one value."""
     codec: choice(CODECS, "fp32") = "fp32"  # type: ignore[valid-type]
     """What travels."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from dfl_lora import blocked
 from dfl_lora.codecs import Codec, Memory
 from dfl_lora.codecs.fp32 import Fp32
-from dfl_lora.combine import COMBINES, Combine, Fault, Inbox
+from dfl_lora.combine import Combine, Fault, Inbox, mean
 from dfl_lora.corrections import Correction
 from dfl_lora.corrections.none import NoCorrection
 from dfl_lora.graphs import Graph, Topology
@@ -44,7 +44,7 @@ class Method:
     mixing: Mixing = metropolis
     correction: Correction = NoCorrection()
     mixer: Mixer = once
-    combine: Combine = COMBINES["mean"]
+    combine: Combine = mean
     codec: Codec = Fp32()
 
     @property
@@ -168,8 +168,11 @@ def take_back(peers: Peers, undone: Iterable[Undone], method: Method) -> None:
     """Takes flows out of the peers again that the other end of an edge did not take in, so that the mean holds.
 
     A flow is w_ij (q_j - q_i) of an earlier exchange; the mixer has made it `gain` times as large by the end of its
-    round. For the correction this is a mix in which nothing else moves.
+    round. For the correction this is a mix in which nothing else moves. A combine that is not the mean keeps none, and
+    what it made of a message is no flow: there nothing is taken back.
     """
+    if method.combine is not mean:
+        return
     hosted = {p.id: p for p in peers}
     for u in undone:
         peer, phase = hosted[u.peer], method.schedule(u.round)

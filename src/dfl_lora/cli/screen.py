@@ -70,6 +70,8 @@ class Screen:
         )
         if federation.export is not None and federation.export.carried:
             self.say(f"adapters carry the tokenizer and {federation.export.carried}", always=True)
+        if federation.short:
+            self.say(federation.short, always=True)
         for note, count in federation.data.notes.items():
             self.say(f"{count:,} rows {note}", always=True)
         for line in lines:

@@ -204,6 +204,24 @@ def test_a_finished_run_is_resumed_without_any_neighbour_or_port(
     assert "assembling" not in (node.parent / "run" / "events.jsonl").read_text()
 
 
+def test_what_needs_every_message_is_refused_before_anybody_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(tmp_path / "toy.yaml", toy(method={"codec": "choco"}))
+    node, home, out = found(tmp_path, [[0], [1], [2]])[0], tmp_path / "home", tmp_path / "out"
+    for words in (
+        ("peer", recipe, "--node", node, "--out", out),
+        ("up", recipe, "--out", out),
+        ("found", recipe, "--to", home, "--address", f"{HOST}:7000"),
+    ):
+        assert call(*words) == 2
+        assert capsys.readouterr().err == (
+            "dfl-lora: codec choco does not go with real peers: messages between them can be lost, "
+            "and it needs every one; use codec top_k.\n"
+        )
+    assert not home.exists() and not out.exists()
+
+
 def test_the_recipe_of_another_founding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, node = alone(tmp_path)
     identity = load_node(node).identity_folder

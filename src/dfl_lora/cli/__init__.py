@@ -11,7 +11,21 @@ from collections.abc import Sequence
 import typer
 
 from dfl_lora.__main__ import INTERRUPTED
-from dfl_lora.cli import bench, chat, check, data, doctor, evaluate, export, membership, peer, run, topology, train
+from dfl_lora.cli import (
+    bench,
+    chat,
+    check,
+    cite,
+    data,
+    doctor,
+    evaluate,
+    export,
+    membership,
+    peer,
+    run,
+    topology,
+    train,
+)
 from dfl_lora.cli.interruption import Interrupted
 from dfl_lora.errors import UserError
 
@@ -38,6 +52,7 @@ app.command("train")(train.train)
 app.command("split")(data.split)
 app.command("view-split")(data.view_split)
 app.command("check")(check.check)
+app.command("cite")(cite.cite)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)

@@ -16,6 +16,7 @@ from dfl_lora.mixing import MIXINGS
 from dfl_lora.networks import Arrived, Undone
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
+from dfl_lora.products import COMBINES
 from dfl_lora.rounds import Method, gain, mix, take_back
 from dfl_lora.schedules import SCHEDULES, Head
 
@@ -132,6 +133,19 @@ def test_the_mean_holds_again_under_every_codec_that_may_lose_messages(
     assert (peers.x.mean(0) - mean).abs().max() > 1e-3
     mix(peers, method.schedule(2), LINK4, 2, method, network)
     assert (peers.x.mean(0) - mean).abs().max() < 1e-12
+
+
+def test_what_a_combine_of_another_kind_made_of_a_message_is_no_flow_to_take_back(random_peers: RandomPeers) -> None:
+    """A product keeps no mean: the peers are as they would be if nothing were told."""
+    peers = []
+    for tell in (True, False):
+        method = Method(SCHEDULES["lora"]("shared"), lambda t: LINK4, combine=COMBINES["product"])
+        own, network = random_peers(method), OneSided(3, 4, 0)
+        mix(own, method.schedule(1), LINK4, 1, method, network)
+        assert network.undone
+        mix(own, method.schedule(2), LINK4, 2, method, network if tell else MemoryNetwork())
+        peers.append(own.x)
+    assert torch.equal(*peers)
 
 
 def test_what_is_taken_back_of_an_absent_peer_is_taken_back_all_the_same(random_peers: RandomPeers) -> None:

@@ -112,7 +112,7 @@ def take_part(
     assemble_s = node.grace_s if running.done else node.assemble_s  # the others may be gone by then
     limits = Limits(node.deadline_s, node.grace_s, assemble_s, node.norm_bound)
     network = PeerNetwork(
-        identity, roster, node.peers, f.graph, contract, limits,
+        identity, roster, node.peers, f.topology.union, contract, limits,
         listen=node.listen, insecure=node.insecure, observe=watch.happened,
         keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=running.next_round,
     )  # fmt: skip

@@ -11,10 +11,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from dfl_lora.choices import NAME, named, options_of
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.recipe import Recipe
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import read_yaml
+from dfl_lora.topologies import TOPOLOGIES
 
 ALTERNATIVES = (
     {"train.local.steps", "train.local.epochs"},
@@ -23,7 +23,7 @@ ALTERNATIVES = (
 """Keys of which one drops the other when it is set."""
 TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "data.partition": PARTITIONS,
-    "peers.topology": GRAPHS,
+    "peers.topology": TOPOLOGIES,
     "method.schedule": SCHEDULES,
 }
 """Keys whose value is a row of a table with options; setting another row drops the options of the old one."""

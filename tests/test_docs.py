@@ -9,14 +9,14 @@ from typer.main import get_command
 from dfl_lora.cli import app
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.metrics import METRICS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parents[1]
 TABLES = {
-    "topologies": GRAPHS,
+    "topologies": TOPOLOGIES,
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
     "tasks": TASKS,

@@ -66,6 +66,11 @@ RECIPES = {
     "the seed's order, sgd, before and after mixing": recipe_of(
         train__order="seed", train__optimizer="sgd", train__shuffle=False, evaluate__before_mixing=True,
     ),
+    "another graph in each round": recipe_of(
+        peers__num_peers=5, peers__topology="random_matching(seed=3)", method__correction="k_gt", train__order="seed",
+        train__shuffle=False,
+    ),
+    "graphs in turn": recipe_of(peers__topology="base(k=1)"),
 }  # fmt: skip
 
 

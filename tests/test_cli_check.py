@@ -19,6 +19,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "some absent": ("peers.num_peers=5", "peers.topology=complete", "peers.participation=0.5", "train.rounds=5"),
     "some absent of seven": ("peers.num_peers=7", "peers.topology=link4", "peers.participation=0.5", "train.rounds=9"),
     "nobody talks": ("peers.topology=none",),
+    "graphs in turn": ("peers.num_peers=7", "peers.topology=base(k=1)", "train.rounds=8", "train.order=seed"),
+    "graphs drawn": ("peers.num_peers=7", "peers.topology=epidemic(s=1)", "train.rounds=6", "peers.participation=0.8"),
+    "a last round of many exchanges": ("method.mixer=closing", "peers.num_peers=5"),
+    "agreement now and then": ("method.mixer=gossip_pga(every=2)", "peers.num_peers=5", "train.rounds=5"),
+    "second moments now and then": ("method.correction=k_gt(second_moments=2)", "train.rounds=5"),
     "alone": ("peers.num_peers=1",),
 }
 
@@ -92,6 +97,16 @@ def test_a_person_reads_digest_graph_bytes_memory_and_the_recipe(
     said = capsys.readouterr().out
     for word in ("digest", "ring: 3 edges", "spectral gap", "a peer sends", "memory", "peers that fit", "num_peers: 3"):
         assert word in said, word
+
+
+def test_of_a_graph_that_changes_all_rounds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, seven = written(tmp_path / "toy.yaml", toy()), "peers.num_peers=7"
+    found = checked(capsys, recipe, "--set", seven, "--set", "peers.topology=base(k=1)")["graph"]
+    assert (found["topology"], found["mixing"]) == ("base(k=1)", "its own")
+    assert (found["num_edges"], found["num_rounds"]) == (9, 5)
+    assert found["spectral_gap"] == 1 and found["exchanges_to_a_thousandth"] == 5
+    assert call("check", recipe, "--set", seven, "--set", "peers.topology=random_matching") == 0
+    assert "random_matching(seed=0): 21 edges over 50 rounds, W metropolis" in capsys.readouterr().out
 
 
 def test_peers_that_never_agree_are_told_without_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from changing import NAMES, changing
 from dfl_lora.graphs import GRAPHS, Graph, clusters, ring
 from dfl_lora.mixing import MIXINGS, matrix, metropolis
 from dfl_lora.report.spectrum import picture
@@ -57,6 +58,34 @@ def test_every_name_of_a_graph_can_be_asked_for(capsys: pytest.CaptureFixture[st
     found = facts(capsys, name, "--peers", SIZES.get(name, 7))
     graph = GRAPHS[name](SIZES.get(name, 7))
     assert found["neighbours"] == [list(graph.neighbours(i)) for i in range(graph.num_peers)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_of_graphs_that_change_can_be_asked_for(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    topology, weights = changing(name)
+    found = facts(capsys, name, "--peers", topology.num_peers)
+    assert found["cycle"] == topology.cycle and found["num_rounds"] == topology.num_looked_at
+    assert found["rounds"] == [[list(edge) for edge in sorted(graph.edges)] for graph in topology.looked_at()]
+    mean = sum(matrix(graph, weights) for graph in topology.looked_at()) / topology.num_looked_at
+    assert np.array(found["w"]) == pytest.approx(mean)
+    assert found["spectral_gap"] == 1 - found["rho"] and found["chebyshev"] == {}
+
+
+def test_graphs_in_turn_are_told_with_who_meets_when(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert call("topology", "base(k=1)", "--peers", 7) == 0
+    shown = capsys.readouterr().out
+    for word in ("9 over 5 rounds (5.6 messages a round)", "rounds to the exact mean", "0-4  1-5  2-6", "mean of W"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert [*files_of(here)] == ["topology-base-k-1.png"]
+    found = facts(capsys, "base(k=1)", "--peers", 7)
+    assert found["exact_in"] == found["rounds_to_a_thousandth"] == 5 and found["rho"] == 0
+    assert found["mixing"] == "its own weights"
+
+
+def test_a_topology_with_weights_takes_no_mixing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("topology", "base(k=1)", "--mixing", "lazy") == 2
+    assert "base brings its own weights, and --mixing lazy was given" in capsys.readouterr().err
 
 
 def test_the_picture_lies_in_the_current_directory_unless_told(capsys: pytest.CaptureFixture[str], here: Path) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from dfl_lora.compatibility import CLASHES, check_method
+from dfl_lora.compatibility import CHANGING, CLASHES, DRIFTING, OF_ONE_GRAPH, check_method
 from dfl_lora.errors import UserError
-from dfl_lora.preflight import graph_of, preflight
+from dfl_lora.preflight import preflight, talks_of
 from dfl_lora.reading import resolve
 from dfl_lora.recipe import Recipe
 
@@ -16,6 +16,7 @@ TOY = {
     "task": {"kind": "toy"},
     "data": {"path": "builtin/toy"},
 }
+CHANGES = {"topology": "random_matching"}
 MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "more than 10 peers"): {
         "method": {"mixer": "finite_time"}, "peers": {"num_peers": 11, "topology": "ring"},
@@ -45,6 +46,13 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("codec choco", "schedule alternating(mix=trained)"): {
         "method": {"codec": "choco", "schedule": "alternating(mix=trained)"},
     },
+    ("codec choco", CHANGING): {"method": {"codec": "choco"}, "peers": CHANGES},
+    **{(f"mixer {name}", CHANGING): {"method": {"mixer": name}, "peers": CHANGES} for name in OF_ONE_GRAPH},
+    **{(f"correction {name}", CHANGING): {"method": {"correction": name}, "peers": CHANGES} for name in DRIFTING},
+    ("peers.mixing other than metropolis", "topology base"): {"peers": {"topology": "base", "mixing": "lazy"}},
+    ("peers.mixing other than metropolis", "topology matrix"): {
+        "peers": {"topology": "matrix(rows=[[0.5,0.5],[0.5,0.5]])", "num_peers": 2, "mixing": "lazy"},
+    },
 }  # fmt: skip
 APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "more than 10 peers"): {"peers": {"num_peers": 10, "topology": "ring"}},
@@ -61,6 +69,11 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("codec top_k or choco", "combine product, fair or rotated"): {"method": {"combine": "mean"}},
     ("codec choco", "participation below 1"): {"method": {"codec": "top_k"}},
     ("codec choco", "schedule alternating(mix=trained)"): {"method": {"schedule": "alternating(mix=both)"}},
+    ("codec choco", CHANGING): {"method": {"codec": "top_k"}},
+    **{(f"mixer {name}", CHANGING): {"method": {"mixer": "plain"}} for name in OF_ONE_GRAPH},
+    **{(f"correction {name}", CHANGING): {"method": {"correction": "k_gt"}} for name in DRIFTING},
+    ("peers.mixing other than metropolis", "topology base"): {"peers": {"mixing": "metropolis"}},
+    ("peers.mixing other than metropolis", "topology matrix"): {"peers": {"mixing": "metropolis"}},
 }
 """What is changed in each of those, so that they do go together."""
 
@@ -81,7 +94,7 @@ def test_what_does_not_go_together_is_refused_and_its_neighbour_is_not(pair: tup
         preflight(recipe_of(MEETING[pair], {}))
     assert str(told.value) == f"{clash.one} does not go with {clash.other}: {clash.reason}."
     recipe = recipe_of(MEETING[pair], APART[pair])
-    check_method(recipe, *graph_of(recipe))
+    check_method(recipe, *talks_of(recipe))
 
 
 def test_what_needs_every_message_is_refused_between_real_peers_alone() -> None:
@@ -103,7 +116,7 @@ def test_d2_needs_a_polynomial_whose_values_are_above_minus_a_third() -> None:
             }
         )
         if fits:
-            check_method(recipe, *graph_of(recipe))
+            check_method(recipe, *talks_of(recipe))
         else:
             with pytest.raises(UserError, match="it diverges"):
-                check_method(recipe, *graph_of(recipe))
+                check_method(recipe, *talks_of(recipe))

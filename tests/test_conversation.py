@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dfl_lora.membership.roster import Roster
+from dfl_lora.mixing import metropolis, own
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.contract import Limits
 from dfl_lora.networks.links import Link
@@ -75,17 +76,18 @@ def mixing(
     meeting: Meeting, rounds: int, before: Callable[[Party, int], None] = lambda party, t: None
 ) -> tuple[list[Peers], torch.Tensor]:
     """Mixes for some rounds at all parties, after `before`; returns the peers and the mean at the start."""
-    method = Method(SCHEDULES["lora"]("shared"), lambda t: meeting.graph)
+    weights = own if meeting.topology(1).weights else metropolis
+    method = Method(SCHEDULES["lora"]("shared"), meeting.topology, mixing=weights)
     peers = [small_peers(sorted(p.conversation.hosted), 5) for p in meeting.parties]
     mean = torch.cat([p.x for p in peers]).mean(0)
 
     def run(party: Party) -> None:
-        own = peers[meeting.parties.index(party)]
+        mine = peers[meeting.parties.index(party)]
         for t in range(1, rounds + 1):
             before(party, t)
-            mix(own, method.schedule(t), meeting.graph, t, method, party)
+            mix(mine, method.schedule(t), method.topology(t), t, method, party)
         before(party, rounds + 1)
-        take_back(own, party.call(party.conversation.finish()), method)
+        take_back(mine, party.call(party.conversation.finish()), method)
 
     meeting.at_once(run)
     return peers, mean
@@ -331,6 +333,26 @@ def test_one_that_is_rounds_behind_is_waited_for_no_longer_than_the_grace() -> N
         quick.exchange(4, 0, meeting.graph, frames_of(quick, 4))
         assert 0.2 < time.perf_counter() - start < 5
         assert quick.events("failed-edge")[-1]["why"].endswith("rounds behind")
+
+
+@pytest.mark.parametrize("topology", ["base", "random_matching"])
+def test_not_every_edge_is_in_every_round_and_the_mean_stays(topology: str) -> None:
+    with Meeting([[0], [1, 4], [2], [3]], topology) as meeting:
+        meeting.assemble()
+        peers, mean = mixing(meeting, 10)
+        assert torch.allclose(torch.cat([p.x for p in peers]).mean(0), mean, rtol=0, atol=1e-14)
+        assert not any(p.events("failed-edge") for p in meeting.parties)
+        if topology == "base":
+            assert all(torch.allclose(x, mean, rtol=0, atol=1e-14) for p in peers for x in p.x)
+
+
+def test_one_that_waits_for_another_where_the_graph_changes_is_not_behind() -> None:
+    """Of three peers 2 meets 0 in rounds 2 and 5 alone; 1 is late in round 3, and 2 waits for longer than its grace."""
+    with Meeting([[0], [1], [2]], "base", Limits(deadline_s=20, grace_s=0.3, assemble_s=10)) as meeting:
+        meeting.assemble()
+        peers, mean = mixing(meeting, 6, lambda party, t: time.sleep(1.5 * (t == 3 and party is meeting.parties[1])))
+        assert not any(p.events("failed-edge") for p in meeting.parties)
+        assert all(torch.allclose(p.x[0], mean, rtol=0, atol=1e-14) for p in peers)
 
 
 def test_one_that_begins_again_does_not_wait_for_the_lost_where_others_have_gone_on() -> None:

@@ -12,15 +12,15 @@ from dfl_lora.compatibility import CLASHES, LOSSY
 from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.metrics import METRICS
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.topologies import TOPOLOGIES
 
 ROOT = Path(__file__).parents[1]
 TABLES = {
-    "topologies": GRAPHS,
+    "topologies": TOPOLOGIES,
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
     "corrections": CORRECTIONS,

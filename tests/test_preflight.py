@@ -172,6 +172,26 @@ GRAPHS: dict[str, Case] = {
         lambda p: p.toy("peers.topology=matrix(rows=[[0.5,0.5],[0.4,0.6]])", "peers.num_peers=2"),
         ("not symmetric",),
     ),
+    "a mixing of weights that are given": (
+        lambda p: p.toy("peers.topology=base", "peers.mixing=lazy"),
+        ("peers.mixing", "topology base", "no effect"),
+    ),
+    "a number of peers that is no power of two": (
+        lambda p: p.toy("peers.topology=one_peer_exponential"),
+        ("3 peers", "power of two", "topology base"),
+    ),
+    "more partners than peers": (lambda p: p.toy("peers.topology=base(k=3)"), ("base(k=3)", "more than 3 peers")),
+    **{
+        f"{axis} {name} where the graph changes": (
+            lambda p, axis=axis, name=name: p.toy("peers.topology=random_matching", f"method.{axis}={name}"),
+            (f"{axis} {name}", "changes from round to round", instead),
+        )
+        for axis, names, instead in (
+            ("mixer", ("chebyshev", "finite_time", "closing", "gossip_pga"), "plain"),
+            ("correction", ("led", "d2"), "k_gt"),
+        )
+        for name in names
+    },
     "a W and a mixing": (
         lambda p: p.toy("peers.topology=matrix(rows=[[0.5,0.5],[0.5,0.5]])", "peers.num_peers=2", "peers.mixing=lazy"),
         ("no effect", "matrix"),

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from dfl_lora.compatibility import check_method
 from dfl_lora.errors import UserError
-from dfl_lora.preflight import graph_of
+from dfl_lora.preflight import talks_of
 from dfl_lora.reading import load_recipe, resolve
 from dfl_lora.recipe import Recipe
 from tiny import Content, written
@@ -495,4 +495,4 @@ def test_every_run_of_the_study_is_a_recipe_that_goes_together(monkeypatch: pyte
         for arm in block["arms"]:
             settings = [f"{key}={value}" for key, value in {**block.get("set", {}), **study["arms"][arm]}.items()]
             recipe = load_recipe(STUDY.parent / block["recipe"], settings)
-            check_method(recipe, *graph_of(recipe))
+            check_method(recipe, *talks_of(recipe))

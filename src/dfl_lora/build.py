@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfl_lora import graphs, machine, schedules
+from dfl_lora import machine, schedules
 from dfl_lora.compatibility import check_method
 from dfl_lora.corrections.local import Local
 from dfl_lora.data import tasks
@@ -31,11 +31,12 @@ from dfl_lora.models.toy import ToyModel
 from dfl_lora.participation import absence
 from dfl_lora.peer_data import TOY_INPUTS, TOY_LABELS, Data, causal_data, text_data, toy_data
 from dfl_lora.peers import Peers
-from dfl_lora.preflight import TOY, check_attention, check_participation, check_toy, graph_of
+from dfl_lora.preflight import TOY, check_attention, check_participation, check_toy, talks_of
 from dfl_lora.products import COMBINES
 from dfl_lora.recipe import Compute, Recipe
 from dfl_lora.rounds import Method
 from dfl_lora.streams import torch_stream
+from dfl_lora.topologies import Topology
 
 GROUP_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Of a pass. On a CPU the most of 512 to 4,096 tokens was the fastest; more, and a GPU, were not measured."""
@@ -48,7 +49,7 @@ class Federation:
     recipe: Recipe
     digest: str
     method: Method
-    graph: graphs.Graph
+    topology: Topology
     peers: Peers
     learner: Learner
     data: Data
@@ -81,7 +82,7 @@ def build(
         data = (causal_data if kind == "causal_lm" else text_data)(recipe, files, hosted)
         base = load_base(recipe, files, len(data.labels))
     work = local_work(recipe)
-    graph, method = build_method(
+    topology, method = build_method(
         recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive)
     )
     placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
@@ -100,7 +101,8 @@ def build(
         trainer = stacked(recipe, base, placement, data, device)
     else:
         trainer = SequentialLearner(base.model, placement, data.peers, work, device)
-    return Federation(recipe.model_copy(update={"digest": digest}), digest, method, graph, peers, trainer, data, export)
+    recipe = recipe.model_copy(update={"digest": digest})
+    return Federation(recipe, digest, method, topology, peers, trainer, data, export)
 
 
 def export_of(
@@ -210,18 +212,18 @@ def resolve_store(compute: Compute, num_bytes: int) -> str:
     return "disk" if 2 * num_bytes > machine.total_memory() else "memory"
 
 
-def build_method(recipe: Recipe, local: Local) -> tuple[graphs.Graph, Method]:
-    """Returns the graph and the point in the product of the axes."""
+def build_method(recipe: Recipe, local: Local) -> tuple[Topology, Method]:
+    """Returns the graphs of all rounds and the point in the product of the axes."""
     peers, axes = recipe.peers, recipe.method
-    graph, weights = graph_of(recipe)
-    check_method(recipe, graph, weights)
-    return graph, Method(
+    topology, weights = talks_of(recipe)
+    check_method(recipe, topology, weights)
+    return topology, Method(
         axes.schedule.of(axes.head),
-        lambda t: graph,
+        topology,
         absence(peers.num_peers, peers.participation, recipe.train.seed),
         weights,
         axes.correction.of(local),
-        axes.mixer.of(graph, weights, recipe.train.rounds),
+        axes.mixer.of(topology(1), weights, recipe.train.rounds),
         COMBINES[axes.combine],
         axes.codec.of(recipe.train.seed),
     )

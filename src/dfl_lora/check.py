@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
 
-from dfl_lora import mixing
 from dfl_lora.build import Federation, build
 from dfl_lora.codecs.frames import Frame
 from dfl_lora.data.batches import TokenSource
@@ -16,10 +15,12 @@ from dfl_lora.graphs import Graph
 from dfl_lora.memory import Estimate, estimate
 from dfl_lora.models.base import load_tokenizer
 from dfl_lora.networks import Arrived
+from dfl_lora.outlook import outlook
 from dfl_lora.recipe import Recipe
 from dfl_lora.records import partition_facts
 from dfl_lora.roles import ROLES
-from dfl_lora.rounds import Traffic, mix
+from dfl_lora.rounds import Traffic, mix, num_exchanges
+from dfl_lora.topologies import OWN_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Prediction:
     topology: str
     mixing: str
     num_edges: int
+    num_rounds: int
+    """1; a cycle of graphs; or the rounds that were looked at where each is drawn. Their edges count once."""
     spectral_gap: float
     exchanges_to_a_thousandth: float
     expected_consensus: float
@@ -133,16 +136,16 @@ def sample_of(federation: Federation) -> Sample | None:
 
 
 def prediction(federation: Federation) -> Prediction:
-    peers, graph, weights = federation.recipe.peers, federation.graph, federation.method.mixing
-    rho = mixing.rho_on(graph, weights)
+    peers, predicted = federation.recipe.peers, outlook(federation.topology, federation.method.mixing)
     return Prediction(
         str(peers.topology),
-        "its own" if peers.topology.kind == "matrix" else peers.mixing,
-        len(graph.edges),
-        1.0 - rho,
-        mixing.rounds_at(rho, 1e-3),
-        mixing.expected_consensus_on(graph, weights),
-        mixing.expected_profile(graph, weights),
+        "its own" if peers.topology.kind in OWN_WEIGHTS else peers.mixing,
+        len(predicted.edges),
+        predicted.num_rounds,
+        1.0 - predicted.rho,
+        predicted.rounds_to_a_thousandth,
+        predicted.expected_consensus,
+        predicted.expected_profile,
     )
 
 
@@ -154,14 +157,16 @@ def numbers(federation: Federation) -> dict[str, int]:
 
 def sent(federation: Federation) -> Sent:
     """Counts what the loop itself sends, round by round, with the codec that the run will use; rounds alike once."""
-    f, num_peers, seen = federation, len(federation.peers), dict[tuple[object, ...], Traffic]()
+    f, num_peers, seen = federation, len(federation.peers), dict[tuple[int, ...], Traffic]()
 
     def traffic(t: int) -> Traffic:
         phase, graph = (
             replace(f.method.schedule(t), absent=f.method.absence(t) if t else frozenset()),
             f.method.topology(t),
         )
-        key = (phase.shared, phase.absent, graph)
+        messages = 2 * len(graph.among(frozenset(range(num_peers)) - phase.absent).edges)
+        frame = f.method.codec.encode(f.method.correction.outgoing(f.peers[0], phase), f.peers[0].memory, (0, t, 0))
+        key = (messages, frame.num_bytes, num_exchanges(f.method.mixer, t))
         if key not in seen:
             seen[key] = mix(f.peers, phase, graph, t, f.method, Silence())
         return seen[key]

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import DENSE, Graph
+from dfl_lora.graphs import DENSE
 from dfl_lora.mixers import MOST_EXACT
 from dfl_lora.mixing import ROUNDING, Mixing, chebyshev_contraction, eigenvalues, matrix
 from dfl_lora.recipe import Recipe
+from dfl_lora.topologies import OWN_WEIGHTS, Topology
 
-Meets = Callable[[Recipe, Graph, Mixing], bool]
+Meets = Callable[[Recipe, Topology, Mixing], bool]
 LOWEST = -1 / 3
 """Above this all eigenvalues of what d2 mixes by must lie."""
 
@@ -27,36 +28,70 @@ class Clash:
     reason: str
 
 
-def too_low(recipe: Recipe, graph: Graph, mixing: Mixing) -> bool:
+def too_low(recipe: Recipe, topology: Topology, mixing: Mixing) -> bool:
     """Tells whether the matrix of a round has an eigenvalue at or below -1/3; Chebyshev's reach to its contraction."""
     axes = recipe.method
-    if axes.correction.kind != "d2" or graph.num_peers > DENSE:
+    if axes.correction.kind != "d2" or topology.num_peers > DENSE:
         return False
-    w = matrix(graph, mixing)
+    w = matrix(topology(1), mixing)
     if axes.mixer.kind == "chebyshev" and axes.mixer.options["k"] > 1:
         return chebyshev_contraction(w, axes.mixer.options["k"]) >= -LOWEST
     return bool(eigenvalues(w).min() <= LOWEST + ROUNDING)
 
 
+OF_ONE_GRAPH = ("chebyshev", "finite_time", "closing", "gossip_pga")
+"""Mixers whose polynomials are made for the eigenvalues of one W."""
+DRIFTING = ("led", "d2")
+"""Corrections that keep what one W moved, which another W takes up wrongly: see corrections/led.py."""
+CHANGING = "a topology that changes from round to round"
+
+
+def changing_mixer(kind: str) -> Clash:
+    return Clash(
+        f"mixer {kind}", CHANGING,
+        lambda r, t, w: r.method.mixer.kind == kind and t.changes,
+        "its polynomial is made for one graph; use mixer plain",
+    )  # fmt: skip
+
+
+def changing_correction(kind: str) -> Clash:
+    return Clash(
+        f"correction {kind}", CHANGING,
+        lambda r, t, w: r.method.correction.kind == kind and t.changes,
+        "peers drift apart where W is another each time; use correction k_gt",
+    )  # fmt: skip
+
+
+def mixing_given_twice(kind: str) -> Clash:
+    return Clash(
+        "peers.mixing other than metropolis", f"topology {kind}",
+        lambda r, t, w: r.peers.topology.kind == kind and r.peers.mixing != "metropolis",
+        "it brings its own W, so that peers.mixing has no effect; remove it",
+    )  # fmt: skip
+
+
 CLASHES: Sequence[Clash] = (
+    *map(mixing_given_twice, sorted(OWN_WEIGHTS)),
+    *map(changing_mixer, OF_ONE_GRAPH),
+    *map(changing_correction, DRIFTING),
     Clash(
         "mixer finite_time", "more than 10 peers",
-        lambda r, g, w: r.method.mixer.kind == "finite_time" and g.num_peers > MOST_EXACT,
+        lambda r, t, w: r.method.mixer.kind == "finite_time" and t.num_peers > MOST_EXACT,
         "it amplifies rounding and noise by up to 100 there; use chebyshev(k=...)",
     ),
     Clash(
         "mixer finite_time", "participation below 1",
-        lambda r, g, w: r.method.mixer.kind == "finite_time" and r.peers.participation < 1,
+        lambda r, t, w: r.method.mixer.kind == "finite_time" and r.peers.participation < 1,
         "it is exact on one graph alone; use chebyshev(k=...)",
     ),
     Clash(
         "mixer exact", "participation below 1",
-        lambda r, g, w: r.method.mixer.kind == "exact" and r.peers.participation < 1,
+        lambda r, t, w: r.method.mixer.kind == "exact" and r.peers.participation < 1,
         "weights of 1/n are no average of those who are present; use topology complete",
     ),
     Clash(
         "correction k_gt(second_moments)", "optimizer sgd",
-        lambda r, g, w: (
+        lambda r, t, w: (
             r.method.correction.kind == "k_gt"
             and r.method.correction.options["second_moments"] > 0
             and r.train.optimizer == "sgd"
@@ -70,47 +105,52 @@ CLASHES: Sequence[Clash] = (
     ),
     Clash(
         "combine product, fair or rotated", "a correction",
-        lambda r, g, w: r.method.combine != "mean" and r.method.correction.kind != "none",
+        lambda r, t, w: r.method.combine != "mean" and r.method.correction.kind != "none",
         "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",
     ),
     Clash(
         "combine product, fair or rotated", "mixers of several exchanges",
-        lambda r, g, w: r.method.combine != "mean" and r.method.mixer.kind not in ("plain", "exact"),
+        lambda r, t, w: r.method.combine != "mean" and r.method.mixer.kind not in ("plain", "exact"),
         "polynomials of what is not linear mean nothing; use mixer plain or exact",
     ),
     Clash(
         "combine product, fair or rotated", "schedules that share one factor",
-        lambda r, g, w: r.method.combine != "mean" and not both_shared(r),
+        lambda r, t, w: r.method.combine != "mean" and not both_shared(r),
         "products need A and B in one message, and with a common A the mean is exact; use combine mean",
     ),
     Clash(
         "codec top_k or choco", "mixers of several exchanges",
-        lambda r, g, w: is_sparse(r) and r.method.mixer.kind not in ("plain", "exact"),
+        lambda r, t, w: is_sparse(r) and r.method.mixer.kind not in ("plain", "exact"),
         "what one exchange leaves out the next would add to another vector; use codec bf16 or int8",
     ),
     Clash(
         "codec top_k or choco", "correction k_gt",
-        lambda r, g, w: is_sparse(r) and r.method.correction.kind == "k_gt",
+        lambda r, t, w: is_sparse(r) and r.method.correction.kind == "k_gt",
         "the largest numbers of a message of several vectors may all be of one; use codec bf16 or int8",
     ),
     Clash(
         "codec top_k or choco", "correction led or d2",
-        lambda r, g, w: is_sparse(r) and r.method.correction.kind in ("led", "d2"),
+        lambda r, t, w: is_sparse(r) and r.method.correction.kind in ("led", "d2"),
         "what their shifts gather of a mix that comes late makes peers diverge; use codec bf16 or int8",
     ),
     Clash(
         "codec top_k or choco", "combine product, fair or rotated",
-        lambda r, g, w: is_sparse(r) and r.method.combine != "mean",
+        lambda r, t, w: is_sparse(r) and r.method.combine != "mean",
         "what is left out of factors is no part of their products; use codec bf16 or int8",
     ),
     Clash(
         "codec choco", "participation below 1",
-        lambda r, g, w: r.method.codec.kind == "choco" and r.peers.participation < 1,
+        lambda r, t, w: r.method.codec.kind == "choco" and r.peers.participation < 1,
         "it needs every message; use codec top_k",
     ),
     Clash(
+        "codec choco", CHANGING,
+        lambda r, t, w: r.method.codec.kind == "choco" and t.changes,
+        "what it keeps of its neighbours is summed by one W; use codec top_k",
+    ),
+    Clash(
         "codec choco", "schedule alternating(mix=trained)",
-        lambda r, g, w: (
+        lambda r, t, w: (
             r.method.codec.kind == "choco"
             and r.method.schedule.kind == "alternating"
             and r.method.schedule.options["mix"] == "trained"
@@ -120,7 +160,7 @@ CLASHES: Sequence[Clash] = (
 )  # fmt: skip
 LOSSY = Clash(
     "codec choco", "real peers",
-    lambda r, g, w: r.method.codec.kind == "choco",
+    lambda r, t, w: r.method.codec.kind == "choco",
     "messages between them can be lost, and it needs every one; use codec top_k",
 )  # fmt: skip
 """Of a recipe whose peers are hosted by several processes."""
@@ -137,8 +177,8 @@ def both_shared(recipe: Recipe) -> bool:
     return all({"A", "B"} <= schedule(t).shared for t in range(1, recipe.train.rounds + 1))
 
 
-def check_method(recipe: Recipe, graph: Graph, mixing: Mixing, *, real: bool = False) -> None:
+def check_method(recipe: Recipe, topology: Topology, mixing: Mixing, *, real: bool = False) -> None:
     """Raises where two values of a method cannot be used together; `real`: between real peers."""
     for clash in (*CLASHES, *([LOSSY] if real else [])):
-        if clash.meets(recipe, graph, mixing):
+        if clash.meets(recipe, topology, mixing):
             raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.")

@@ -1,8 +1,8 @@
-"""Graphs: who talks to whom, and named topologies (a graph for every round).
+"""Graphs: who talks to whom, and named ones.
 
-A graph is undirected, connected (unless it is `none`) and has no self loops; the weights live in
-`mixing`. No torch here: a graph must be checked before anything heavy is loaded. A graph that is drawn
-depends on its name, its options and the number of peers alone: every machine draws the same one.
+A graph is undirected and has no self loops; a named one is connected (unless it is `none`). Weights live in `mixing`,
+unless a graph brings its own. No torch here: a graph must be checked before anything heavy is loaded. A graph that is
+drawn depends on its name, its options and the number of peers alone: every machine draws the same one.
 """
 
 import json
@@ -42,6 +42,8 @@ class Graph:
 
     num_peers: int
     edges: frozenset[Edge]
+    weights: tuple[float, ...] = ()
+    """Those of the sorted edges, where a graph brings its own."""
 
     @staticmethod
     def of(num_peers: int, edges: Iterable[Sequence[int]]) -> "Graph":
@@ -70,11 +72,12 @@ class Graph:
     def among(self, present: Collection[int]) -> "Graph":
         """Returns the same peers with only the edges both of whose ends are present; it may be disconnected."""
         here = frozenset(present)
-        return Graph(self.num_peers, frozenset((i, j) for i, j in self.edges if i in here and j in here))
+        edges = frozenset((i, j) for i, j in self.edges if i in here and j in here)
+        return Graph(self.num_peers, edges, tuple(w for edge, w in self.weight.items() if edge in edges))
 
     @cached_property
     def networkx(self) -> nx.Graph:
-        graph: nx.Graph = nx.empty_graph(self.num_peers)
+        graph = nx.empty_graph(self.num_peers)
         graph.add_edges_from(self.edges)
         return graph
 
@@ -100,8 +103,17 @@ class Graph:
         return extreme(sparse.dot, self.num_peers, "LA")
 
     @cached_property
+    def weight(self) -> Mapping[Edge, float]:
+        """The own weight of every edge; empty where the graph brings none."""
+        return dict(zip(sorted(self.edges), self.weights, strict=True)) if self.weights else {}
+
+    @cached_property
     def _neighbours(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(sorted(self.networkx[i])) for i in range(self.num_peers))
+        found = [list[int]() for _ in range(self.num_peers)]
+        for i, j in sorted(self.edges):
+            found[i].append(j)
+            found[j].append(i)
+        return tuple(map(tuple, found))
 
     def neighbours(self, peer: int) -> tuple[int, ...]:
         """Returns the neighbours of a peer, in the order of their ids."""
@@ -135,9 +147,6 @@ def is_pair(edge: Sequence[int], num_peers: int) -> bool:
         return False
     return edge[0] != edge[1] and 0 <= edge[0] < num_peers and 0 <= edge[1] < num_peers
 
-
-Topology = Callable[[int], Graph]
-"""A graph for every round; a static one is `lambda t: graph`."""
 
 GraphOf = Callable[..., Graph]
 """A named graph: (num_peers, *, options) -> Graph. One peer is alone under every name."""

@@ -25,7 +25,7 @@ from dfl_lora.networks.contract import Contract, Limits
 from dfl_lora.networks.real import PeerNetwork
 from dfl_lora.networks.refused_handshakes import Listening
 from dfl_lora.node import Node
-from dfl_lora.preflight import TOY, graph_of
+from dfl_lora.preflight import TOY, talks_of
 from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record, take_back
 from dfl_lora.run_directory import RECIPE, Line, held, prepare
@@ -64,7 +64,7 @@ def host(
     overwrite: bool,
 ) -> Line:
     """Runs a node's peers of a recipe to the end in directory `run` and returns the summary; `tell` shows events."""
-    check_method(recipe, *graph_of(recipe), real=True)
+    check_method(recipe, *talks_of(recipe), real=True)
     open_more_files()
     prepare(run, resume, overwrite)
     federation = fitted(build_for(node.over(recipe), run, node.peers, resume=resume), recipe)
@@ -114,7 +114,7 @@ def take_part(
     assemble_s = node.grace_s if running.done else node.assemble_s  # the others may be gone by then
     limits = Limits(node.deadline_s, node.grace_s, assemble_s, node.norm_bound)
     network = PeerNetwork(
-        identity, roster, node.peers, f.graph, contract, limits,
+        identity, roster, node.peers, f.topology.union, contract, limits,
         listen=node.listen, insecure=node.insecure, observe=watch.happened,
         keep=lambda newer: keep(node.roster_path, newer), applied=applied, first=running.next_round,
     )  # fmt: skip

@@ -144,6 +144,8 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
         available=machine.available_memory() + machine.own_memory() if available is None else available,
     )
 
+    exchange = exchanging(f)
+
     def of(num_peers: int) -> Estimate:
         """Returns the estimate of `num_peers` such peers."""
         growth, held = num_peers / len(f.peers), state * num_peers // len(f.peers)
@@ -155,7 +157,7 @@ def estimate(federation: Federation, available: int | None = None) -> Estimate:
             training=int(whole[0]),
             evaluation=int(whole[1]),
             heap=int((1 + HEAP) * small.max() + (whole - small).max() - whole.max()),
-            exchange=exchanging(f, num_peers),
+            exchange=exchange(num_peers),
             measures=measuring(f.peers, num_peers),
             checkpoint=PIECE,
             export=FLOAT64 * min(f.peers.layout.size, MEAN_COLUMNS) * num_peers,
@@ -290,23 +292,26 @@ def evaluation_pass(learner: StackedLearner, peers: Peers) -> Measured:
     return run
 
 
-def exchanging(federation: Federation, num_peers: int) -> int:
-    """Returns the bytes of what leaves, of what comes back, and of one neighbourhood's messages decoded.
+def exchanging(federation: Federation) -> Callable[[int], int]:
+    """Returns the bytes, for a number of peers, of what leaves, of what comes back, and of the messages of one decoded.
 
-    Peers that are mixed at once keep some flows of a block instead.
+    Peers that are mixed at once keep some flows of a block instead. Of rounds that differ the largest counts.
     """
-    f, method, graph = federation, federation.method, federation.graph
+    f, method = federation, federation.method
     phases = {(phase := method.schedule(t)).shared: phase for t in range(1, f.recipe.train.rounds + 1)}
-    if at_once(f.peers, method, MemoryNetwork()) and (sweep := blocked.sweep_of(graph, method.mixing, frozenset())):
-        spans = [span for shared in phases for span in f.peers.layout.spans(shared)]
-        blocks = sweep.blocks(spans, f.peers.x.itemsize)
-        if blocks is not None:
+    spans = [span for shared in phases for span in f.peers.layout.spans(shared)]
+    in_place, kept, degrees = at_once(f.peers, method, MemoryNetwork()), [0], list[int]()
+    for graph in f.topology.looked_at():
+        sweep = blocked.sweep_of(graph, method.mixing, frozenset()) if in_place else None
+        blocks = sweep.blocks(spans, f.peers.x.itemsize) if sweep else None
+        if sweep is None or blocks is None:
+            degrees.append(graph.max_degree)
+        else:
             widest = max((block.stop - block.start for block in blocks), default=0)
-            return sweep.num_kept * widest * f.peers.x.itemsize * torch.get_num_threads()
+            kept.append(sweep.num_kept * widest * f.peers.x.itemsize * torch.get_num_threads())
     peer = scratch(f.peers, 1)[0]
     numbers = max(method.correction.outgoing(peer, phase).flat.numel() for phase in phases.values())
-    degree = max(graph.degree(i) for i in range(graph.num_peers))
-    return FLOAT32 * numbers * (2 * num_peers + degree + 1)
+    return lambda n: max([*kept, *(FLOAT32 * numbers * (2 * n + degree + 1) for degree in degrees)])
 
 
 def measuring(peers: Peers, num_peers: int) -> int:

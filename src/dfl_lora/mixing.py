@@ -74,6 +74,11 @@ def lazy(graph: Graph, peer: int) -> Row:
     return Row(peer, {j: weight / 2 for j, weight in metropolis(graph, peer).weights.items()})
 
 
+def own(graph: Graph, peer: int) -> Row:
+    """Returns the weights that the graph brings itself."""
+    return Row(peer, {j: graph.weight[min(peer, j), max(peer, j)] for j in graph.neighbours(peer)})
+
+
 MIXINGS: Mapping[str, Mixing] = {
     "metropolis": metropolis,
     "laplacian": laplacian,
@@ -238,9 +243,13 @@ def expected_profile(graph: Graph, mixing: Mixing) -> float:
     A given W is compared with the ring under metropolis. Where the ring agrees at once (up to 3 peers under
     metropolis), the ratio is 1 if this graph does so too, else inf. Of more than DENSE peers it is nan, not known.
     """
-    if graph.num_peers > DENSE:
+    return relative_to_ring(expected_consensus_on(graph, mixing), graph.num_peers, mixing)
+
+
+def relative_to_ring(expected: float, num_peers: int, mixing: Mixing) -> float:
+    """Returns an expected consensus relative to the ring's."""
+    if math.isnan(expected):
         return math.nan
     on_ring = mixing if mixing in MIXINGS.values() else metropolis
-    reference = expected_consensus(matrix(ring(graph.num_peers), on_ring))
-    expected = expected_consensus(matrix(graph, mixing))
+    reference = expected_consensus(matrix(ring(num_peers), on_ring))
     return expected / reference if reference else (math.inf if expected else 1.0)

@@ -5,8 +5,9 @@ It looks as far as is cheap: at the graph and its matrix, at options without eff
 is checked again when it is loaded. No torch, transformers, peft or datasets here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from dfl_lora.data.glance import MANY, Glance, glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import check_alone, check_column, check_text, is_alone, is_local, peer_path
 from dfl_lora.errors import UserError
-from dfl_lora.graphs import Graph, complete
+from dfl_lora.graphs import complete
 from dfl_lora.latest import read_latest
 from dfl_lora.mixing import Mixing
 from dfl_lora.models import folder
@@ -26,6 +27,7 @@ from dfl_lora.participation import num_present
 from dfl_lora.reading import load_recipe
 from dfl_lora.recipe import GSM8K, Recipe, is_path
 from dfl_lora.run_directory import RECIPE, held, read_lines
+from dfl_lora.topologies import OWN_WEIGHTS, Topology, topology_of
 
 TOY, TOY_DATA, TOY_ROWS, TOY_HELD_OUT = "toy", "builtin/toy", 1400, 400
 TOY_MODULES = folder.Modules({"encoder.first": 8, "encoder.second": 16, "classifier": 16})
@@ -49,7 +51,7 @@ def preflight(recipe: Recipe, ids: Sequence[int] | None = None, *, real: bool = 
     `real`: other processes host the other peers.
     """
     hosted = range(recipe.peers.num_peers) if ids is None else ids
-    check_method(recipe, *graph_of(recipe), real=real)
+    check_method(recipe, *talks_of(recipe), real=real)
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
@@ -79,17 +81,21 @@ def check_resume(run: Path) -> None:
         read_lines(run, int(latest["round"]) if latest else 0)
 
 
-def graph_of(recipe: Recipe) -> tuple[Graph, Mixing]:
-    """Returns the graph of a recipe and the weights on it; an exact mean is an exchange of everybody with everybody."""
-    peers = recipe.peers
-    graph: Graph = peers.topology.of(peers.num_peers)
-    matrix = peers.topology.kind == "matrix"
-    if matrix and peers.mixing != "metropolis":
-        raise UserError(f"peers.mixing {peers.mixing} has no effect on topology matrix, which is a W; remove it.")
-    weights = mixing.given(peers.topology.rows) if matrix else mixing.MIXINGS[peers.mixing]
+def talks_of(recipe: Recipe) -> tuple[Topology, Mixing]:
+    """Returns the graphs of all rounds and the weights on them; an exact mean is everybody with everybody."""
+    peers, wanted = recipe.peers, recipe.peers.topology
+    topology = topology_of(wanted.of(peers.num_peers))
+    weights = weights_of(wanted.kind, wanted.options, peers.mixing)
     if recipe.method.mixer.kind == "exact":
-        return complete(peers.num_peers), mixing.uniform
-    return graph, weights
+        return topology_of(complete(peers.num_peers)), mixing.uniform
+    return topology, weights
+
+
+def weights_of(kind: str, options: Mapping[str, Any], name: str) -> Mixing:
+    """Returns the weights on the graphs of a topology: those it brings, or those of that name."""
+    if kind == "matrix":
+        return mixing.given(options["rows"])
+    return mixing.own if kind in OWN_WEIGHTS else mixing.MIXINGS[name]
 
 
 def check_toy(recipe: Recipe) -> None:

@@ -13,11 +13,11 @@ from dfl_lora.codecs import CODECS
 from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.mixers import MIXERS
 from dfl_lora.recipe import Recipe
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import read_yaml
+from dfl_lora.topologies import TOPOLOGIES
 
 ALTERNATIVES = (
     {"train.local.steps", "train.local.epochs"},
@@ -26,7 +26,7 @@ ALTERNATIVES = (
 """Keys of which one drops the other when it is set."""
 TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "data.partition": PARTITIONS,
-    "peers.topology": GRAPHS,
+    "peers.topology": TOPOLOGIES,
     "method.schedule": SCHEDULES,
     "method.correction": CORRECTIONS,
     "method.mixer": MIXERS,

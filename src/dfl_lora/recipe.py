@@ -22,12 +22,13 @@ from dfl_lora.data.formats import FORMATS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.data.saved import read_saved
-from dfl_lora.graphs import GRAPHS, read_edges, read_numbers
+from dfl_lora.graphs import read_edges, read_numbers
 from dfl_lora.metrics import METRICS
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import yaml_text
+from dfl_lora.topologies import TOPOLOGIES
 
 
 def expand(value: object) -> object:
@@ -208,10 +209,10 @@ class PeersPart(Part):
 
     num_peers: Annotated[Positive, Field(le=100_000)] = 7
     """1 trains alone: the centralised reference."""
-    topology: choice(GRAPHS, "link3", Topology) = "link3"  # type: ignore[valid-type]
-    """The graph."""
+    topology: choice(TOPOLOGIES, "link3", Topology) = "link3"  # type: ignore[valid-type]
+    """The graph, or the graphs of all rounds."""
     mixing: Literal[*MIXINGS] = "metropolis"  # type: ignore[valid-type]
-    """The matrix W on the graph; topology matrix brings its own."""
+    """The matrix W on the graph of a round; the topologies matrix and base bring their own."""
     participation: Share = 1.0
     """The share of peers in a round, drawn anew in each; the others neither step nor exchange."""
 

@@ -17,11 +17,12 @@ from typing import SupportsFloat, cast
 
 import numpy as np
 
-from dfl_lora import measures, mixing
+from dfl_lora import measures
 from dfl_lora.build import Federation
 from dfl_lora.data.shares import shares
 from dfl_lora.errors import UserError
 from dfl_lora.metrics import METRICS, Answers, key_of, recorded
+from dfl_lora.outlook import outlook
 from dfl_lora.peers import Peers
 from dfl_lora.report.figures import half_width
 from dfl_lora.rounds import Record, Traffic
@@ -37,7 +38,7 @@ def consensus_of(peers: Peers) -> measures.Consensus:
 
 def hosts_all(federation: Federation) -> bool:
     """Tells whether all peers of the recipe are in this process."""
-    return len(federation.peers) == federation.graph.num_peers
+    return len(federation.peers) == federation.topology.num_peers
 
 
 def hosted_in(federation: Federation) -> Line:
@@ -105,7 +106,7 @@ def summary_of(federation: Federation, lines: Sequence[Line], agreed: Answers | 
     return {
         "recipe_digest": federation.digest,
         "name": federation.recipe.name,
-        "num_peers": federation.graph.num_peers,
+        "num_peers": federation.topology.num_peers,
         **hosted_in(federation),
         "rounds": len(lines),
         "metric": metric,
@@ -147,28 +148,31 @@ def interval(values: list[float]) -> float:
 
 
 def partition_facts(federation: Federation) -> Line:
-    """Returns what is known before round 1: who holds what, and what the graph predicts."""
-    graph, weights = federation.graph, federation.method.mixing
+    """Returns what is known before round 1: who holds what, and what the graph predicts.
+
+    `edges` are those of all rounds; of a topology that is drawn in each, those of the rounds that were looked at.
+    """
+    predicted = outlook(federation.topology, federation.method.mixing)
     return {
         "labels": list(federation.data.labels),
         "counts": counts_by_peer(federation),
         "num_rows": federation.data.num_rows,
         "notes": dict(federation.data.notes),
         **asdict(shares(federation.data.counts)),
-        "edges": sorted(graph.edges),
+        "edges": list(predicted.edges),
         "topology": federation.recipe.peers.topology.kind,
-        "spectral_gap": finite(1.0 - mixing.rho_on(graph, weights)),
-        "expected_consensus": finite(mixing.expected_consensus_on(graph, weights)),
+        "spectral_gap": finite(1.0 - predicted.rho),
+        "expected_consensus": finite(predicted.expected_consensus),
     }
 
 
 def counts_by_peer(federation: Federation) -> list[list[int] | list[None]]:
     """Returns the rows of each label at every peer, nulls for peers whose own rows are not read in this process."""
     counts, ids = federation.data.counts, federation.peers.ids
-    if len(counts) == federation.graph.num_peers:
+    if len(counts) == federation.topology.num_peers:
         return list(counts)
     own = dict(zip(ids, counts, strict=True))
-    return [own.get(i, [None] * len(federation.data.labels)) for i in range(federation.graph.num_peers)]
+    return [own.get(i, [None] * len(federation.data.labels)) for i in range(federation.topology.num_peers)]
 
 
 def partition_text(federation: Federation) -> str:

@@ -19,7 +19,7 @@ from dfl_lora.codecs.fp32 import Fp32
 from dfl_lora.combine import Combine, Fault, Inbox, mean
 from dfl_lora.corrections import Correction
 from dfl_lora.corrections.none import NoCorrection
-from dfl_lora.graphs import Graph, Topology
+from dfl_lora.graphs import Graph
 from dfl_lora.learners import Learner, Progress
 from dfl_lora.mixers import Mixer, Values, once
 from dfl_lora.mixing import Mixing, metropolis
@@ -39,7 +39,7 @@ class Method:
     """A point in the product of the axes."""
 
     schedule: Schedule
-    topology: Topology
+    topology: Callable[[int], Graph]
     absence: Absence = nobody
     mixing: Mixing = metropolis
     correction: Correction = NoCorrection()
@@ -193,9 +193,25 @@ def adding(flow: Tensor) -> Callable[[Tensors], Tensors]:
 
 def gain(mixer: Mixer, exchange: int, t: int) -> float:
     """Returns by how much a mixer multiplies what an exchange of a round adds to the mean; 1 where there is but one."""
-    nothing_yet = Tensors(torch.zeros(1, dtype=torch.float64), Layout.of({"mean": ("A", (1,))}))
 
     def add(values: Values, k: int) -> Values:
         return {0: values[0].with_flat(values[0].flat + (k == exchange))}
 
-    return float(mixer({0: nothing_yet}, add, t)[0].flat.item())
+    return float(mixer(zero(), add, t)[0].flat.item())
+
+
+def num_exchanges(mixer: Mixer, t: int) -> int:
+    """Returns how often a mixer exchanges in a round."""
+    counted = list[int]()
+
+    def count_one(values: Values, k: int) -> Values:
+        counted.append(k)
+        return values
+
+    mixer(zero(), count_one, t)
+    return len(counted)
+
+
+def zero() -> Values:
+    """Returns the value of one peer, the number 0."""
+    return {0: Tensors(torch.zeros(1, dtype=torch.float64), Layout.of({"mean": ("A", (1,))}))}

@@ -152,7 +152,7 @@ class Running:
         """Evaluates all peers, gossips once and measures, before round 1."""
         f = self.federation
         answers = f.learner.evaluate(f.peers)
-        traffic = mix(f.peers, f.method.schedule(0), f.graph, 0, f.method, network)
+        traffic = mix(f.peers, f.method.schedule(0), f.method.topology(0), 0, f.method, network)
         accuracies = [METRICS["accuracy"](own) for own in answers.values()]
         error = consensus_of(f.peers).consensus_error if hosts_all(f) else None
         return Start(accuracies, error, traffic.bytes / len(f.peers))

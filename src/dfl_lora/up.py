@@ -188,7 +188,7 @@ def found(federation: Federation, run: Path) -> None:
         folder.mkdir(parents=True)
         identities.append(create_identity(folder / "identity"))
         members.append(Member.of(identities[-1], [peer], [f"{HOST}:{port}"]))
-    roster = first_roster(Ed25519PrivateKey.generate(), federation.digest, federation.graph.num_peers, members)
+    roster = first_roster(Ed25519PrivateKey.generate(), federation.digest, federation.topology.num_peers, members)
     compute = federation.recipe.compute.model_dump(mode="json")
     for member in members:
         folder = folder_of(run, member.peers[0]) / NODE

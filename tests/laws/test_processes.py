@@ -117,7 +117,10 @@ def text(folder: Path, **parts: Any) -> dict[str, Any]:
 THREE = {"num_peers": 3, "topology": "complete"}
 HALVES: Hosts = ([0], [1])
 UNEVEN: Hosts = ([0, 2], [1])
-NAMES = ("toy", "bert", "three toys in two processes", "three berts in bf16 in two processes")
+NAMES = (
+    "toy", "bert", "three toys in two processes", "three berts in bf16 in two processes",
+    "three toys whose graphs come in turn", "three toys whose graphs are drawn",
+)  # fmt: skip
 
 
 def jobs_in(folder: Path) -> dict[str, Job]:
@@ -125,8 +128,12 @@ def jobs_in(folder: Path) -> dict[str, Job]:
     for split, num_rows in (("train", 60), ("validation", 8)):
         Dataset.from_list(sentences(split, num_rows)).save_to_disk(folder / split)
     bf16 = {"threads": 1, "dtype": "bfloat16"}
-    recipes = (toy(), text(folder), toy(peers=THREE), text(folder, peers=THREE, compute=bf16))
-    hosts = (HALVES, HALVES, UNEVEN, UNEVEN)
+    in_turn, drawn = (THREE | {"topology": name} for name in ("base(k=1)", "random_edges(p=0.5)"))
+    recipes = (
+        toy(), text(folder), toy(peers=THREE), text(folder, peers=THREE, compute=bf16), toy(peers=in_turn),
+        toy(peers=drawn),
+    )  # fmt: skip
+    hosts = (HALVES, HALVES, UNEVEN, UNEVEN, UNEVEN, UNEVEN)
     return {name: Job(json.dumps(recipe), h) for name, recipe, h in zip(NAMES, recipes, hosts, strict=True)}
 
 

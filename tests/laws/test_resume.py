@@ -70,6 +70,11 @@ RECIPES = {
         method__codec="top_k(share=0.3)", peers__participation=0.7, method__correction="quasi_global",
     ),
     "replicas": recipe_of(method__codec="choco", train__order="seed"),
+    "another graph in each round": recipe_of(
+        peers__num_peers=5, peers__topology="random_matching(seed=3)", method__correction="k_gt", train__order="seed",
+        train__shuffle=False,
+    ),
+    "graphs in turn": recipe_of(peers__topology="base(k=1)"),
 }  # fmt: skip
 
 

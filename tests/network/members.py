@@ -11,7 +11,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dfl_lora.codecs.frames import Frame
-from dfl_lora.graphs import GRAPHS, Graph
+from dfl_lora.graphs import Graph
 from dfl_lora.membership.identity import Identity, new_identity, public_of
 from dfl_lora.membership.roster import Member, Roster
 from dfl_lora.networks import Arrived
@@ -20,6 +20,7 @@ from dfl_lora.networks.conversation import Conversation
 from dfl_lora.networks.edges import Applied
 from dfl_lora.networks.links import Event
 from dfl_lora.networks.real import ready_to_go
+from dfl_lora.topologies import TOPOLOGIES, topology_of
 from network.pipes import PipeTransport, Wires
 
 T = TypeVar("T")
@@ -88,7 +89,8 @@ class Meeting:
         addresses: bool = True,
     ) -> None:
         self.federation = Federation.of(hosts, addresses=addresses)
-        self.graph = GRAPHS[topology](self.federation.roster.num_peers)
+        self.topology = topology_of(TOPOLOGIES[topology](self.federation.roster.num_peers))
+        self.graph = self.topology.union
         self.limits, self.wires = limits, Wires()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)

@@ -29,6 +29,7 @@ from dfl_lora.peers import Peers
 from dfl_lora.reading import resolve
 from dfl_lora.streams import torch_stream
 from dfl_lora.tensors import Tensors
+from dfl_lora.topologies import topology_of
 
 STEPS, TOY_BATCH, MINILM_BATCH = 2, 16, 4
 WARM, LEAST_ROUNDS, LEAST_S = 1, 2, 2.0
@@ -88,9 +89,9 @@ def toys(num_peers: int) -> Federation:
     train = {i: Shard(source, np.arange(i * rows, (i + 1) * rows)) for i in range(num_peers)}
     assert isinstance(small.learner, StackedLearner)
     small.learner.data = PeerData(train, train)
-    graph, start = ring(num_peers), Tensors(small.peers.x[0].clone(), small.peers.layout)
+    topology, start = topology_of(ring(num_peers)), Tensors(small.peers.x[0].clone(), small.peers.layout)
     peers = Peers(range(num_peers), start, small.peers.common, optimizer=OPTIMIZERS["adam"].state)
-    return replace(small, graph=graph, peers=peers, method=replace(small.method, topology=lambda t: graph))
+    return replace(small, topology=topology, peers=peers, method=replace(small.method, topology=topology))
 
 
 def scale(

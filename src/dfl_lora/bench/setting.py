@@ -63,7 +63,7 @@ def move_start(peers: Peers, seed: int) -> None:
 
 def matrix_of(federation: Federation) -> list[list[float]]:
     """Returns W of the federation's first round."""
-    graph, count = federation.graph, len(federation.peers)
+    graph, count = federation.method.topology(1), len(federation.peers)
     rows = [federation.method.mixing(graph, i).weights for i in range(count)]
     others = [sum(w for j, w in row.items() if j != i) for i, row in enumerate(rows)]
     return [[1 - others[i] if i == j else row.get(j, 0.0) for j in range(count)] for i, row in enumerate(rows)]

@@ -97,7 +97,8 @@ def facts(found: "Check") -> "Table":
         label = "" if found.sample.label is None else f" -> {found.sample.label}"
         table.add_row("first row", escape(found.sample.text + label))
         table.add_row("", f"{found.sample.num_tokens} tokens; {cut}")
-    table.add_row("graph", escape(f"{graph.topology}: {graph.num_edges:,} edges, W {graph.mixing}"))
+    over = f" over {graph.num_rounds} rounds" if graph.num_rounds > 1 else ""
+    table.add_row("graph", escape(f"{graph.topology}: {graph.num_edges:,} edges{over}, W {graph.mixing}"))
     exchanges = short(graph.exchanges_to_a_thousandth)
     noun = "exchange" if exchanges == "1" else "exchanges"
     speed = f"spectral gap {short(graph.spectral_gap)}, {exchanges} {noun} to a thousandth"

@@ -56,14 +56,14 @@ class Screen:
         append(self.run / "log.txt", f"{text}\n")
 
     def started(self, federation: Federation, lines: Sequence[Line], start: Start | None) -> None:
-        recipe, graph = federation.recipe, federation.graph
+        recipe, topology = federation.recipe, federation.topology
         here = "" if hosts_all(federation) else f", {whose(federation.peers.ids)} in this process"
         self.progress.update(self.task, total=recipe.train.rounds, completed=len(lines))
         write_atomically(self.run / "log.txt", b"")
         self.keys = keys_of(str(recipe.evaluate.metric))
         head = "" if recipe.task.kind == "causal_lm" else f"head {recipe.method.head}, "
         self.say(
-            f"{recipe.name}: {graph.num_peers} peers on {recipe.peers.topology.kind} ({len(graph.edges)} edges){here}, "
+            f"{recipe.name}: {topology.num_peers} peers on {recipe.peers.topology.kind} ({topology}){here}, "
             f"{recipe.method.schedule}, {head}{federation.peers.layout.size:,} numbers a peer, "
             f"{recipe.compute.dtype} {recipe.compute.attention}, digest {federation.digest[:12]}",
             always=True,

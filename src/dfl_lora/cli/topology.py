@@ -11,12 +11,13 @@ import typer
 
 from dfl_lora.cli.options import Json
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.mixing import MIXINGS
+from dfl_lora.topologies import OWN_WEIGHTS, TOPOLOGIES, topology_of
 
 if TYPE_CHECKING:
     from dfl_lora.graphs import Graph
     from dfl_lora.mixing import Matrix, Mixing
+    from dfl_lora.topologies import Topology
 
 MOST_PEERS = 1000
 """W is held and its eigenvalues are computed whole."""
@@ -28,7 +29,7 @@ MOST_ROWS = 16
 
 def topology(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help=f"{', '.join(GRAPHS)}; options as in 'clusters(count=3)'.")
+        str, typer.Argument(metavar="NAME", help=f"{', '.join(TOPOLOGIES)}; options as in 'clusters(count=3)'.")
     ],
     peers: Annotated[int, typer.Option("--peers", min=1, max=MOST_PEERS, help="How many peers.")] = 7,
     mixing: Annotated[
@@ -39,23 +40,27 @@ def topology(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a graph, its W and its spectrum, and say how fast its peers agree."""
+    """Draw a graph, its W and its spectrum, and say how fast its peers agree.
+
+    Where the graph changes from round to round: all edges, and the mean of W, of a cycle or of some rounds drawn.
+    """
     from dfl_lora.mixing import expected_profile, matrix
     from dfl_lora.report import spectrum
 
     picture = out or (None if as_json else Path(f"topology-{file_name(name)}.png"))
     if picture is not None:
         spectrum.check_place(picture)
-    graph, weights, of_whom = chosen(name, peers, mixing)
-    w = matrix(graph, weights)
-    facts = {
-        "topology": name,
-        "mixing": of_whom,
-        **facts_of(graph, w),
-        "expected_profile": expected_profile(graph, weights),
-    }
+    who, weights, of_whom = chosen(name, peers, mixing)
+    about = {"topology": name, "mixing": of_whom, "cycle": who.cycle}
+    if who.changes:
+        graph, w = merged(who, weights)
+        facts = {**about, **facts_of_changing(who, weights, graph, w)}
+    else:
+        graph, w = who(1), matrix(who(1), weights)
+        facts = {**about, **facts_of(graph, w), "expected_profile": expected_profile(graph, weights)}
     if picture is not None:
-        spectrum.picture(graph, w, f"{shortened(name)}, {peers} peers", caption(facts), picture)
+        panels = spectrum.OF_ROUNDS if who.changes else spectrum.OF_ONE
+        spectrum.picture(graph, w, f"{shortened(name)}, {peers} peers", caption(facts), picture, panels)
     if as_json:
         print(json.dumps(finite({**facts, "w": w.tolist()})))
     else:
@@ -63,24 +68,39 @@ def topology(
         print(f"picture: {picture}")
 
 
-def chosen(name: str, num_peers: int, mixing: str | None) -> "tuple[Graph, Mixing, str]":
-    """Returns the graph, its mixing, and what the mixing is called."""
+def chosen(name: str, num_peers: int, mixing: str | None) -> "tuple[Topology, Mixing, str]":
+    """Returns the topology, its mixing, and what the mixing is called."""
     from dfl_lora.choices import choice
-    from dfl_lora.mixing import given
+    from dfl_lora.preflight import weights_of
     from dfl_lora.reading import parse
-    from dfl_lora.recipe import Topology
+    from dfl_lora.recipe import Topology as Wanted
 
     if mixing is not None and mixing not in MIXINGS:
         raise UserError(f"--mixing is '{mixing}'; allowed are {', '.join(MIXINGS)}.{nearest(mixing, MIXINGS)}")
-    wanted = parse(choice(GRAPHS, "link3", Topology), name, "topology")
-    graph: Graph = wanted.of(num_peers)
-    if wanted.kind == "matrix":
-        if mixing is not None:
-            raise UserError(
-                f"A matrix brings its own weights, and --mixing {mixing} was given; leave one of the two out."
-            )
-        return graph, given(wanted.options["rows"]), "its own weights"
-    return graph, MIXINGS[mixing or "metropolis"], mixing or "metropolis"
+    wanted = parse(choice(TOPOLOGIES, "link3", Wanted), name, "topology")
+    own = wanted.kind in OWN_WEIGHTS
+    if own and mixing is not None:
+        raise UserError(
+            f"The topology {wanted.kind} brings its own weights, and --mixing {mixing} was given; leave it out."
+        )
+    called = mixing or "metropolis"
+    topology = topology_of(wanted.of(num_peers))
+    return topology, weights_of(wanted.kind, wanted.options, called), "its own weights" if own else called
+
+
+def merged(topology: "Topology", weights: "Mixing") -> "tuple[Graph, Matrix]":
+    """Returns all edges, and the mean of W, of the rounds that are looked at."""
+    import numpy as np
+
+    from dfl_lora.graphs import Graph
+    from dfl_lora.mixing import matrix
+
+    n, edges = topology.num_peers, set[tuple[int, int]]()
+    total = np.zeros((n, n))
+    for graph in topology.looked_at():
+        edges |= graph.edges
+        total += matrix(graph, weights)
+    return Graph(n, frozenset(edges)), total / topology.num_looked_at
 
 
 def facts_of(graph: "Graph", w: "Matrix") -> dict[str, Any]:
@@ -106,6 +126,26 @@ def facts_of(graph: "Graph", w: "Matrix") -> dict[str, Any]:
     }
 
 
+def facts_of_changing(topology: "Topology", weights: "Mixing", graph: "Graph", w: "Matrix") -> dict[str, Any]:
+    """Returns what is known of a topology whose graph changes: of all rounds, of their edges, and of the mean of W."""
+    from dfl_lora.outlook import outlook
+
+    predicted, of_edges = outlook(topology, weights), facts_of(graph, w)
+    return {
+        **of_edges,
+        "num_rounds": predicted.num_rounds,
+        "spectral_gap": 1.0 - predicted.rho,
+        "rho": predicted.rho,
+        "rounds_to_a_thousandth": predicted.rounds_to_a_thousandth,
+        "exact_in": predicted.exact_in,
+        "messages": predicted.messages,
+        "chebyshev": {},
+        "expected_consensus": predicted.expected_consensus,
+        "expected_profile": predicted.expected_profile,
+        "rounds": [sorted(graph.edges) for graph in topology.looked_at()],
+    }
+
+
 def spoken(facts: Mapping[str, Any]) -> dict[str, str]:
     """Returns the facts as a person reads them."""
     degrees, left = facts["degrees"], facts["chebyshev"]
@@ -113,13 +153,13 @@ def spoken(facts: Mapping[str, Any]) -> dict[str, str]:
     plain = {k: number(facts["rho"] ** int(k)) for k in left}
     of_the_ring = f"{number(facts['expected_profile'])} x the ring's"
     return {
-        "edges": f"{facts['num_edges']} ({facts['messages']} messages a round)",
+        "edges": f"{facts['num_edges']}{over(facts)} ({number(facts['messages'])} messages a round)",
         "degree": str(least) if least == most else f"{least} to {most}, {sum(degrees) / len(degrees):.3g} on average",
         "diameter": number(facts["diameter"]),
         "mixing": facts["mixing"],
         "spectral gap": f"{number(facts['spectral_gap'])} (rho {number(facts['rho'])})",
         "rounds to 1e-3": number(facts["rounds_to_a_thousandth"], "never"),
-        "exchanges to the exact mean": number(facts["exact_in"], "never"),
+        f"{exchanges(facts)} to the exact mean": number(facts["exact_in"], "never"),
         **{f"left after {k}, Chebyshev": f"{number(left[k])} (plain {plain[k]})" for k in left},
         "expected consensus": f"{number(facts['expected_consensus'])} ({of_the_ring})",
     }
@@ -128,14 +168,24 @@ def spoken(facts: Mapping[str, Any]) -> dict[str, str]:
 def caption(facts: Mapping[str, Any]) -> str:
     """Returns the line below the picture."""
     said = (
-        f"edges: {facts['num_edges']}",
+        f"edges: {facts['num_edges']}{over(facts)}",
         f"mixing: {facts['mixing']}",
         f"diameter: {number(facts['diameter'])}",
         f"rounds to 1e-3: {number(facts['rounds_to_a_thousandth'], 'never')}",
-        f"exchanges to the exact mean: {number(facts['exact_in'], 'never')}",
+        f"{exchanges(facts)} to the exact mean: {number(facts['exact_in'], 'never')}",
         f"expected consensus: {number(facts['expected_profile'])} x the ring's",
     )
     return "   ·   ".join(said)
+
+
+def over(facts: Mapping[str, Any]) -> str:
+    """Returns in how many rounds the edges are, where that is not one."""
+    return f" over {facts['num_rounds']} rounds" if "num_rounds" in facts else ""
+
+
+def exchanges(facts: Mapping[str, Any]) -> str:
+    """Returns what is counted until peers are at the mean: polynomials of one graph, or rounds as they are."""
+    return "rounds" if "num_rounds" in facts else "exchanges"
 
 
 def show(graph: "Graph", w: "Matrix", facts: Mapping[str, Any]) -> None:
@@ -156,6 +206,13 @@ def show(graph: "Graph", w: "Matrix", facts: Mapping[str, Any]) -> None:
         for i in range(graph.num_peers):
             rows.add_row(str(i), ", ".join(map(str, graph.neighbours(i))) or "nobody")
         console.print(rows)
+        if "rounds" in facts and facts["cycle"]:
+            in_turn = Table("round", "who talks")
+            for t, edges in enumerate(facts["rounds"], 1):
+                in_turn.add_row(str(t), "  ".join(f"{i}-{j}" for i, j in edges))
+            console.print(in_turn)
+        if "rounds" in facts:
+            print("the mean of W over the rounds")
         print("W ", *(f"{j:>3}" for j in range(len(w))))
         for i, row in enumerate(w):
             print(f"{i:<2}", *(f"{short(v) if v else '·':>3}" for v in row))

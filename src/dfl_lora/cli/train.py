@@ -10,8 +10,8 @@ from dfl_lora.cli.interruption import resumable
 from dfl_lora.cli.options import Json, Out, Overwrite, Resume, Settings, both
 from dfl_lora.data.glue import TASKS
 from dfl_lora.errors import UserError, nearest
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.recipe import GSM8K
+from dfl_lora.topologies import TOPOLOGIES
 
 SCHEDULES = {"LoRA": "lora", "DFL-LoRA": "freeze_a", "ConLoRA": "freeze_a"}
 
@@ -36,7 +36,7 @@ def train(
         typer.Option(*both("training_type"), help="DFL-LoRA (once ConLoRA) freezes A."),
     ],
     dataset_type: Annotated[str, typer.Option(*both("dataset_type"), help=f"The task: {', '.join(TASKS)}, {GSM8K}.")],
-    name: Annotated[str, typer.Option("--name", help=f"Topology: {', '.join(GRAPHS)}.")],
+    name: Annotated[str, typer.Option("--name", help=f"Topology: {', '.join(TOPOLOGIES)}.")],
     num_rounds: Annotated[int, typer.Option(*both("num_rounds"), min=1, help="Rounds of one epoch each.")] = 256,
     batch_size: Annotated[
         int, typer.Option(*both("batch_size"), min=1, help="Rows of a step; of gsm8k 5, four times, unless given.")

@@ -160,7 +160,8 @@ def untimely(header: Header, now: Moment) -> Refusal | None:
     """Returns why a frame can be of no use at this moment.
 
     An honest peer is at most one step ahead: it opens an exchange on an edge only after it had the other end's frame of
-    the one before.
+    the one before. Where the graph changes an edge may have no turn for some rounds, and a peer be further ahead: its
+    announcement is judged again when this end has caught up.
     """
     round, exchange = now
     why = f"a frame is of round {header.round}, exchange {header.exchange}, and here it is round {round}, {exchange}"

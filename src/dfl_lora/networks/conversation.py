@@ -72,13 +72,12 @@ class Conversation:
         self.border = Border(roster, contract.recipe, self.refused)
         self.links = Links(identity.id, roster, transport, self, observe)
         self.transport, self.session = transport, secrets.token_hex(8)
-        self.ledger, self.next = Ledger.of(applied), (first, 0)
+        self.ledger, self.next, self.first = Ledger.of(applied), (first, 0), first
         self.current: Open | None = None
         self.pulls = Pulls(self.border, self.ledger)
         self.positions: dict[str, Moment] = {}
-        self.begun = set[str]()
-        self.ready = False
-        self.closed: dict[Edge, int] = {}
+        self.begun, self.ready = set[str](), False
+        self.closed, self.together = dict[Edge, int](), dict[Edge, int]()  # the last round an edge failed, had its turn
         self.sequence = 0
         self.changed = asyncio.Event()
         self.failing: dict[Edge, str] = {}
@@ -164,7 +163,8 @@ class Conversation:
         there = self.positions.get(member.id, BEFORE)
         if there > moment:
             return "it is further on"
-        behind = moment[0] - there[0] - (member.id in self.begun)
+        due = min(self.together.get(edge, self.first - 1) + 1, moment[0])  # not each edge is in each round
+        behind = due - there[0] - (member.id in self.begun)
         return f"it is {behind} rounds behind" if behind > 0 and waited > self.limits.grace_s else None
 
     def tell_failed(self, edge: Edge, moment: Moment, why: str) -> None:
@@ -182,6 +182,7 @@ class Conversation:
             if given_up:
                 link.say(Close(round=t, edges=given_up))
         self.closed |= dict.fromkeys(exchange.out, t)
+        self.together |= dict.fromkeys(exchange.edges, t)
         self.ledger.take_in(exchange)
         self.failing = {edge: why for edge, why in self.failing.items() if not exchange.complete(edge)}
         self.current, self.next = None, (t, exchange.moment[1] + 1)

@@ -22,6 +22,9 @@ from dfl_lora.mixing import Matrix, eigenvalues, rho
 from dfl_lora.report.figures import FIRST, GRID, INK, MUTED, PAPER, SECOND, STYLE, circle
 
 ENDINGS = (".png", ".svg", ".pdf")
+OF_ONE = ("who talks to whom", "mixing matrix W", "eigenvalues of W")
+OF_ROUNDS = ("who talks to whom in any round", "mean of W over the rounds", "its eigenvalues")
+"""What the panels are called, of one graph and of several rounds."""
 MOST_WEIGHTS = 12
 """With more peers, the weights are colours only."""
 WEIGHTS = LinearSegmentedColormap.from_list("weights", [PAPER, FIRST])
@@ -35,7 +38,9 @@ def check_place(path: Path) -> None:
         raise UserError(f"{path} is a folder; give a file that ends in {', '.join(ENDINGS)}.")
 
 
-def picture(graph: Graph, w: Matrix, title: str, caption: str, path: Path) -> None:
+def picture(
+    graph: Graph, w: Matrix, title: str, caption: str, path: Path, panels: tuple[str, str, str] = OF_ONE
+) -> None:
     """Writes the three panels to a file, as its ending says; the same graph gives the same bytes."""
     file, kind = BytesIO(), path.suffix.lower().removeprefix(".")
     with rc_context({**STYLE, "figure.facecolor": PAPER}):
@@ -45,7 +50,6 @@ def picture(graph: Graph, w: Matrix, title: str, caption: str, path: Path) -> No
         circle(who, graph.num_peers, sorted(graph.edges))
         heat(weights, w)
         stems(spectrum, w)
-        panels = ("who talks to whom", "mixing matrix W", "eigenvalues of W")
         for axes, panel in zip((who, weights, spectrum), panels, strict=True):
             axes.set_title(panel, loc="left", color=MUTED, fontsize=10)
         figure.supxlabel(caption, x=0.012, ha="left", fontsize=9, color=INK)

@@ -39,8 +39,8 @@ class Own:
         return [p.loss for p in progress.values()]
 
     def mix(self) -> None:
-        f = self.federation
-        mix(f.peers, f.method.schedule(self.round), f.graph, self.round, f.method, MemoryNetwork())
+        f, t = self.federation, self.round
+        mix(f.peers, f.method.schedule(t), f.method.topology(t), t, f.method, MemoryNetwork())
 
     def evaluate(self) -> Sequence[float]:
         answers = self.federation.learner.evaluate(self.federation.peers)

@@ -1,6 +1,6 @@
 """Gossip over graphs that change from round to round."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,10 +42,10 @@ def method_on(name: str, num_peers: int = 7, schedule: str = "lora") -> Method:
     return Method(SCHEDULES[schedule]("shared"), topology, mixing=weights)
 
 
-def drawn(num_peers: int, dtype: torch.dtype = torch.float64) -> Peers:
+def drawn(num_peers: int, dtype: torch.dtype = torch.float64, memory: Sequence[str] = ()) -> Peers:
     """Peers of random numbers."""
     nothing = Tensors(torch.zeros(0, dtype=dtype), Layout.of({}))
-    peers = Peers(range(num_peers), Tensors(torch.zeros(LAYOUT.size, dtype=dtype), LAYOUT), nothing)
+    peers = Peers(range(num_peers), Tensors(torch.zeros(LAYOUT.size, dtype=dtype), LAYOUT), nothing, memory=memory)
     peers.x.copy_(torch.randn(peers.x.shape, generator=torch.Generator().manual_seed(7), dtype=dtype))
     return peers
 
@@ -77,7 +77,7 @@ def test_the_mean_stays_in_every_round(name: str, schedule: str) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_mean_stays_under_every_codec(name: str, codec: str) -> None:
     method = replace(method_on(name), codec=CODECS[codec](5))
-    peers = drawn(size(method))
+    peers = drawn(size(method), memory=method.memory)
     mean = peers.x.mean(0)
     mixed(peers, method, range(1, 9))
     assert torch.allclose(peers.x.mean(0), mean, rtol=0, atol=1e-12)

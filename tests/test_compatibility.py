@@ -105,6 +105,13 @@ def test_what_needs_every_message_is_refused_between_real_peers_alone() -> None:
     preflight(recipe_of({"method": {"codec": "top_k"}}, {}), real=True)
 
 
+def test_a_start_that_needs_all_gradients_is_refused_between_real_peers() -> None:
+    recipe = recipe_of({"lora": TOY["lora"] | {"init": "gradient_svd"}}, {})
+    preflight(recipe)
+    with pytest.raises(UserError, match=r"lora.init gradient_svd does not go with real peers: .* use init orthonormal"):
+        preflight(recipe, real=True)
+
+
 def test_d2_needs_a_polynomial_whose_values_are_above_minus_a_third() -> None:
     """Chebyshev's reach from minus its contraction: 0.18 on a ring of seven, 0.66 on one of sixteen."""
     for num_peers, fits in ((7, True), (16, False)):

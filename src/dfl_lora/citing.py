@@ -21,7 +21,11 @@ ARITHMETIC = "arithmetic, no method"
 GLUE = "wang2019glue"
 CITED: Mapping[str, Mapping[str, Row]] = {
     "lora.use_rslora": {"True": ("kalajdzievski2023rslora",), "False": "the scale of LoRA itself"},
-    "lora.init": {"kaiming": "the start of LoRA in PEFT", "orthonormal": ARITHMETIC},
+    "lora.init": {
+        "kaiming": "the start of LoRA in PEFT",
+        "orthonormal": ARITHMETIC,
+        "gradient_svd": ("wang2024loraga", "halko2011finding"),
+    },
     "peers.topology": {
         **dict.fromkeys(("ring", "line", "star", "complete", "torus", "hypercube", "clusters"), TEXTBOOK),
         **dict.fromkeys(("du14", "link3", "link4", "link5", "link6", "link7"), SEED),

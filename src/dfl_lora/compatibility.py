@@ -158,10 +158,17 @@ CLASHES: Sequence[Clash] = (
         "its replicas are of what is shared in every round; use mix=both",
     ),
 )  # fmt: skip
-LOSSY = Clash(
-    "codec choco", "real peers",
-    lambda r, t, w: r.method.codec.kind == "choco",
-    "messages between them can be lost, and it needs every one; use codec top_k",
+OF_REAL_PEERS: Sequence[Clash] = (
+    Clash(
+        "codec choco", "real peers",
+        lambda r, t, w: r.method.codec.kind == "choco",
+        "messages between them can be lost, and it needs every one; use codec top_k",
+    ),
+    Clash(
+        "lora.init gradient_svd", "real peers",
+        lambda r, t, w: r.lora.init == "gradient_svd",
+        "the gradients of all are averaged where all peers are; use init orthonormal",
+    ),
 )  # fmt: skip
 """Of a recipe whose peers are hosted by several processes."""
 
@@ -179,6 +186,6 @@ def both_shared(recipe: Recipe) -> bool:
 
 def check_method(recipe: Recipe, topology: Topology, mixing: Mixing, *, real: bool = False) -> None:
     """Raises where two values of a method cannot be used together; `real`: between real peers."""
-    for clash in (*CLASHES, *([LOSSY] if real else [])):
+    for clash in (*CLASHES, *(OF_REAL_PEERS if real else ())):
         if clash.meets(recipe, topology, mixing):
             raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.")

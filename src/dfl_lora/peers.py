@@ -65,12 +65,18 @@ class Peers(Sequence[Peer]):
         self.layout: Layout = start.layout
         self.common = common
         kind = (len(self.ids), start.layout.size, start.flat.dtype, start.flat.device)
-        self.x = zeros(place, *kind).copy_(start.flat)  # [N, P]
+        self.x = zeros(place, *kind)  # [N, P]
         self.optimizer = {name: zeros(place, *kind) for name in optimizer}
         self.memory = {name: zeros(place, *kind) for name in memory}
+        self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
+        self.begin_at(start, common)
+
+    def begin_at(self, start: Tensors, common: Tensors) -> None:
+        """Puts all peers at an adapter `start` [P], and what is common and frozen at `common`."""
+        self.x.copy_(start.flat)
         for name in BEGIN_AT_X & self.memory.keys():
             self.memory[name].copy_(start.flat)
-        self.counters = torch.zeros(len(self.ids), STEPS + 1, dtype=torch.int64)
+        self.common.flat.copy_(common.flat)
 
     @overload
     def __getitem__(self, index: int) -> Peer: ...

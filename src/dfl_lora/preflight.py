@@ -182,7 +182,7 @@ def check_model(recipe: Recipe, num_texts: int) -> None:
 def check_targets(modules: folder.Modules, recipe: Recipe) -> None:
     lora = recipe.lora
     modules.check(lora.target_modules)
-    modules.check_rank(lora.target_modules, lora.r, orthonormal=lora.init == "orthonormal")
+    modules.check_rank(lora.target_modules, lora.r, orthonormal=lora.init != "kaiming")
 
 
 def check_rows(recipe: Recipe, columns: Columns, hosted: Sequence[int]) -> None:

@@ -88,8 +88,9 @@ class LoraPart(Part):
     """Module names (suffixes), one regular expression, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
-    init: Literal["kaiming", "orthonormal"] = "kaiming"
-    """How A starts: uniform as in PEFT, or with orthonormal rows; B starts at zero."""
+    init: Literal["kaiming", "orthonormal", "gradient_svd"] = "kaiming"
+    """How A starts: uniform as in PEFT, with orthonormal rows, or with those that span the first gradients of all peers
+    best; B starts at zero."""
     layers_to_transform: Annotated[list[Whole], Field(min_length=1)] | None = None
     """The layers that carry adapters, counted from 0; null: all. What frozen layers below them make is made once."""
 

@@ -18,6 +18,7 @@ from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint, save_checkpoint
 from dfl_lora.errors import UserError
 from dfl_lora.files import append, sweep, write_atomically
+from dfl_lora.gradient_start import start_at_gradients
 from dfl_lora.metrics import METRICS, Answers
 from dfl_lora.networks import Network
 from dfl_lora.peers import Peers
@@ -99,6 +100,8 @@ def open_run(federation: Federation, run: Path, observers: Sequence[Observer], *
         clear(run)
         write_atomically(run / RECIPE, federation.recipe.to_yaml().encode())
     running = Running(federation, run, observers)
+    if federation.recipe.lora.init == "gradient_svd":  # what is frozen is in no checkpoint
+        running.bytes_of_start = start_at_gradients(federation)
     running.load()
     write_atomically(run / "partition.json", partition_text(federation).encode())
     return running
@@ -113,6 +116,8 @@ class Running:
     observers: Sequence[Observer]
     lines: list[Line] = field(default_factory=list)
     start: Start | None = None
+    bytes_of_start: float = 0.0
+    """What each peer sent to find where all begin."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     """What a checkpoint keeps for the network."""
     clock: Stopwatch = field(default_factory=Stopwatch)
@@ -225,7 +230,8 @@ class Running:
         """Returns the end of the run, from its lines and one evaluation of the consensus."""
         with self.clock("evaluate"):
             agreed = self.consensus_answers() if hosts_all(self.federation) else None
-        return summary_of(self.federation, self.lines, agreed, self.start.bytes_sent_per_peer if self.start else 0.0)
+        before = self.bytes_of_start + (self.start.bytes_sent_per_peer if self.start else 0.0)
+        return summary_of(self.federation, self.lines, agreed, before)
 
     def consensus_answers(self) -> Answers:
         """Returns the answers of the mean of all peers, on every validation table there is.

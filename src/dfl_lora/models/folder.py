@@ -120,8 +120,8 @@ def output_layer(name: str) -> UserError:
 
 def too_high(r: int, d_in: int) -> UserError:
     return UserError(
-        f"lora.init orthonormal needs a rank of at most the {d_in} inputs of every target module, but lora.r is "
-        f"{r}; use a smaller rank or init kaiming."
+        f"lora.init orthonormal or gradient_svd needs a rank of at most the {d_in} inputs of every target module, but "
+        f"lora.r is {r}; use a smaller rank or init kaiming."
     )
 
 

@@ -54,7 +54,8 @@ def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
     return rows.float()
 
 
-INITS = {"kaiming": kaiming, "orthonormal": orthonormal}
+INITS = {"kaiming": kaiming, "orthonormal": orthonormal, "gradient_svd": orthonormal}
+"""How A is drawn; under gradient_svd it is then turned to the gradients (`gradient_start`)."""
 
 
 @dataclass(frozen=True)

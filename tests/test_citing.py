@@ -12,7 +12,6 @@ from dfl_lora.codecs import CODECS
 from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.glue import TASKS
 from dfl_lora.data.partition import PARTITIONS
-from dfl_lora.graphs import GRAPHS
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
@@ -20,6 +19,7 @@ from dfl_lora.products import COMBINES
 from dfl_lora.reading import load_recipe, resolve
 from dfl_lora.recipe import GSM8K, LoraPart
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.topologies import TOPOLOGIES
 from tiny import call, toy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -28,7 +28,7 @@ FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "study.y
 AXES: Mapping[str, Iterable[str]] = {
     "lora.use_rslora": ("True", "False"),
     "lora.init": get_args(LoraPart.model_fields["init"].annotation),
-    "peers.topology": GRAPHS,
+    "peers.topology": TOPOLOGIES,
     "peers.mixing": MIXINGS,
     "method.schedule": SCHEDULES,
     "method.correction": CORRECTIONS,

@@ -24,6 +24,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "participation below 1"): {
         "method": {"mixer": "finite_time"}, "peers": {"participation": 0.5},
     },
+    ("mixer gossip_pga", "fewer rounds than every"): {"method": {"mixer": "gossip_pga"}, "train": {"rounds": 5}},
     ("mixer exact", "participation below 1"): {"method": {"mixer": "exact"}, "peers": {"participation": 0.5}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {
         "method": {"correction": "k_gt(second_moments=2)"}, "train": {"optimizer": "sgd"},
@@ -57,6 +58,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
 APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "more than 10 peers"): {"peers": {"num_peers": 10, "topology": "ring"}},
     ("mixer finite_time", "participation below 1"): {"peers": {"participation": 1.0}},
+    ("mixer gossip_pga", "fewer rounds than every"): {"train": {"rounds": 6}},
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},

@@ -18,6 +18,7 @@ from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.metrics import METRICS
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import MIXINGS
+from dfl_lora.models.placement import INITS
 from dfl_lora.preflight import preflight
 from dfl_lora.products import COMBINES
 from dfl_lora.reading import resolve
@@ -46,7 +47,7 @@ INDEX = re.findall(
 """Axis, value and page of every row of the table of methods."""
 AS_IT_IS = {("correction", "none"), ("combine", "mean"), ("codec", "fp32")}
 """Rows that leave things as they are have no page."""
-REFUSED = {f"  - {c.one} with {c.other}: {c.reason}." for c in (*CLASHES, LOSSY)}
+REFUSED = {f"  - {c.one} with {c.other}: {c.reason}." for c in (*CLASHES, *OF_REAL_PEERS)}
 
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -82,7 +83,7 @@ def test_commands_named_in_the_documentation_exist() -> None:
 def test_every_row_of_every_axis_of_a_method_has_a_page() -> None:
     axes = {"schedule": SCHEDULES, "correction": CORRECTIONS, "mixer": MIXERS, "combine": COMBINES, "codec": CODECS}
     wanted = {(axis, value) for axis, table in axes.items() for value in table} - AS_IT_IS
-    wanted |= {("topology", name) for name in NAMES}
+    wanted |= {("topology", name) for name in NAMES} | {("start", name) for name in INITS if name != "kaiming"}
     assert {(axis, value.split("(")[0]) for axis, value, _ in INDEX} == wanted
     assert {page for _, _, page in INDEX} == PAGES.keys()
     for _, value, page in INDEX:
@@ -91,8 +92,8 @@ def test_every_row_of_every_axis_of_a_method_has_a_page() -> None:
 
 @pytest.mark.parametrize(("axis", "value", "page"), INDEX)
 def test_a_page_cites_what_its_row_is_to_be_cited_by(axis: str, value: str, page: str) -> None:
-    part = "peers" if axis == "topology" else "method"
-    row = CITED[f"{part}.{axis}"].get(value, ())
+    key = {"topology": "peers.topology", "start": "lora.init"}.get(axis, f"method.{axis}")
+    row = CITED[key].get(value, ())
     assert keys_of(page) >= set(() if isinstance(row, str) else row)
 
 
@@ -115,7 +116,7 @@ def test_a_recipe_with_what_a_page_asks_for_can_run(page: str) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL)
     assert blocks
     for block in blocks:
-        preflight(resolve(merged(toy(peers={"num_peers": 7, "topology": "link3"}), yaml.safe_load(block))))
+        preflight(resolve(merged(toy(peers={"num_peers": 7, "topology": "link3"}, train={"rounds": 25}), yaml.safe_load(block))))
 
 
 @every_page

@@ -1,10 +1,13 @@
 """Mixers as the polynomials they are, and the facts that are known of them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dfl_lora.errors import UserError
 from dfl_lora.graphs import GRAPHS, Graph
 from dfl_lora.mixers import AGREED, MIXERS, Values, leja
 from dfl_lora.mixing import Mixing, chebyshev_contraction, exact_in, laplacian, lazy, matrix, metropolis
@@ -90,6 +93,13 @@ def test_closing_and_gossip_pga_are_plain_but_for_some_rounds(fact: str) -> None
                 assert contraction(made) <= AGREED * (1 + 1e-6)
             else:
                 assert torch.equal(made, applied("plain", graph)) and torch.allclose(made, w, atol=1e-15)
+
+
+@pytest.mark.parametrize("mixer", ["chebyshev", "closing", "gossip_pga"])
+def test_a_rho_that_was_not_found_is_refused(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfl_lora.mixers.rho_on", lambda graph, mixing: math.nan)
+    with pytest.raises(UserError, match=r"rho of W on this graph of 7 peers was not found, .*; use .* mixer plain\.$"):
+        MIXERS[mixer](GRAPHS["ring"](7), metropolis, 8)
 
 
 def test_peers_that_never_agree_are_mixed_plainly() -> None:

@@ -29,9 +29,12 @@ class Clash:
 
 
 def too_low(recipe: Recipe, topology: Topology, mixing: Mixing) -> bool:
-    """Tells whether the matrix of a round has an eigenvalue at or below -1/3; Chebyshev's reach to its contraction."""
+    """Tells whether a round mixes by an eigenvalue at or below -1/3; Chebyshev's reach to its contraction.
+
+    Those of a mixer that brings all to the mean are 0.
+    """
     axes = recipe.method
-    if axes.correction.kind != "d2" or topology.num_peers > DENSE:
+    if axes.correction.kind != "d2" or axes.mixer.kind in ("exact", "finite_time") or topology.num_peers > DENSE:
         return False
     w = matrix(topology(1), mixing)
     if axes.mixer.kind == "chebyshev" and axes.mixer.options["k"] > 1:
@@ -83,6 +86,11 @@ CLASHES: Sequence[Clash] = (
         "mixer finite_time", "participation below 1",
         lambda r, t, w: r.method.mixer.kind == "finite_time" and r.peers.participation < 1,
         "it is exact on one graph alone; use chebyshev(k=...)",
+    ),
+    Clash(
+        "mixer gossip_pga", "fewer rounds than every",
+        lambda r, t, w: r.method.mixer.kind == "gossip_pga" and r.method.mixer.options["every"] > r.train.rounds,
+        "its agreement would never come; use a smaller every, or mixer plain",
     ),
     Clash(
         "mixer exact", "participation below 1",

@@ -16,7 +16,7 @@ Roots of finite_time are taken in Leja's order, each the furthest from those bef
 small. Noise in an exchange is amplified all the same: by up to 25-100 from 16 peers on, so that it is for 10 at most.
 
 Sources: Chebyshev, e.g. Scaman et al. 2017, arXiv 1702.08704; finite time, Sundaram and Hadjicostis 2007. Checked are
-the contractions and exactness of both (tests/laws/test_mixers.py).
+the contractions and exactness of both (tests/test_mixers.py).
 """
 
 import math
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dfl_lora.choices import Positive
+from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
 from dfl_lora.mixing import ROUNDING, Mixing, eigenvalues, matrix, rho_on
 
@@ -60,7 +61,18 @@ def exact(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
 
 def chebyshev(graph: Graph, mixing: Mixing, rounds: int, *, k: Positive = 3) -> Mixer:
     """The best polynomial of k exchanges: it contracts far more than k plain ones."""
-    return accelerated(rho_on(graph, mixing), k)
+    return accelerated(known_rho(graph, mixing), k)
+
+
+def known_rho(graph: Graph, mixing: Mixing) -> float:
+    """Returns rho of W; raises where it could not be found."""
+    rho = rho_on(graph, mixing)
+    if math.isnan(rho):
+        raise UserError(
+            f"The rho of W on this graph of {graph.num_peers} peers was not found, since they agree too slowly, and "
+            "the mixer needs it; use a graph with more edges, or mixer plain."
+        )
+    return rho
 
 
 def accelerated(rho: float, k: int) -> Mixer:
@@ -112,7 +124,7 @@ def leja(roots: list[float]) -> list[float]:
 
 def agreement(graph: Graph, mixing: Mixing) -> Mixer:
     """Returns Chebyshev's polynomial of the degree that leaves AGREED of distances; plain if peers never agree."""
-    rho = rho_on(graph, mixing)
+    rho = known_rho(graph, mixing)
     if not 0 < rho < 1:
         return once
     return accelerated(rho, math.ceil(math.acosh(1.0 / AGREED) / math.acosh(1.0 / rho)))

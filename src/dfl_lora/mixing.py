@@ -5,7 +5,7 @@ for analysis and plots. Every W here is symmetric and doubly stochastic, so goss
 a positive diagonal, so on a connected graph peers agree in the end.
 
 With d_i the degree of peer i, L = D - A the Laplacian of the graph, on an edge between i and j
-  metropolis  w_ij = 1 / (max(d_i, d_j) + 1)       needs the neighbours' degrees only (Xiao, Boyd, Kim 2007)
+  metropolis  w_ij = 1 / (max(d_i, d_j) + 1)       needs the neighbours' degrees only (Xiao, Boyd, Lall 2005)
   laplacian   W = I - 2 L / (3 lambda_max(L))      needs the whole graph
   max_degree  w_ij = 1 / (d_max + 1)               needs the largest degree of the graph
   uniform     w_ij = 1 / n                         needs the number of peers; slow on sparse graphs

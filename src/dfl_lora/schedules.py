@@ -6,7 +6,8 @@ freeze_a     DFL-LoRA (ConLoRA, FFA-LoRA arXiv 2403.12313): A is drawn once from
              trained, so sum_j w_ij (B_j A) = (sum_j w_ij B_j) A holds exactly.
 alternating  phases of `period` rounds train B alone, then A alone (B first: while B = 0, A has no gradient).
              mix=both shares both factors in every round (ADF arXiv 2511.18291, TAD arXiv 2602.00451);
-             mix=trained only the one that is trained (RoLoRA arXiv 2502.01755): without a server the other drifts.
+             mix=trained only the one that is trained (RoLoRA arXiv 2502.01755): what mixing left of the other's
+             differences stays until its turn.
 share_a      FedSA: both factors are trained, A alone is shared; B stays with its peer.
 The head is shared (trained and mixed), private (trained, never leaves) or frozen.
 """

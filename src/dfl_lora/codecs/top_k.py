@@ -11,8 +11,8 @@ the toy (seven peers on a ring, Dirichlet(0.2), 60 rounds, a share of 0.1) accur
 0.91. `led` and `d2` diverge on top of it, and a message of several vectors has no one order of magnitude: refused.
 
 Source: Tang, Lian, Qiu, Yuan, Zhang, Zhang, Liu, "DeepSqueeze: Decentralization Meets Error-Compensated Compression",
-arXiv 1907.07346; checked are the bound of the error, the mean, and that everything left out is sent in the end
-(tests/laws/test_codecs_with_memory.py).
+arXiv 1907.07346; checked are the bound of the error (tests/test_codecs.py), the mean, and that everything left out is
+sent in the end (tests/laws/test_codecs_with_memory.py).
 """
 
 from collections.abc import Callable, Mapping

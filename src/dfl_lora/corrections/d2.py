@@ -6,11 +6,11 @@
 For one step a round this is x_(t+1) = W (2 x_t - x_(t-1) - eta g_t + eta g_(t-1)), the form of the paper: c is what the
 last round moved besides its gradients. For more steps the paper says nothing; c is then spread over them, as in `led`,
 from which this differs in that the whole mix is taken and not half of it.
-Preserved: the mean of x, and sum_i c_i = 0. It needs every eigenvalue of M above -1/3, else it diverges: a recipe whose
-matrix has a lower one is refused (peers.mixing: lazy or laplacian have none below 0).
+Preserved: the mean of x, and sum_i c_i = 0. It needs every eigenvalue of M above -1/3, else it diverges where steps are
+short: a recipe whose matrix has a lower one is refused (peers.mixing: lazy or laplacian have none below 0).
 
 Source: Tang, Lian, Yan, Zhang, Liu, "D2: Decentralized Training over Decentralized Data", ICML 2018, arXiv 1803.07068;
-the equality of the two forms, and the bound on a ring, are what was checked (tests/laws/test_corrections.py).
+the equality of the two forms, and that it diverges at an eigenvalue of -1, are what was checked (tests/laws/test_corrections.py).
 """
 
 from dfl_lora.corrections.led import ExactDiffusion

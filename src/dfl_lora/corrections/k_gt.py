@@ -5,12 +5,13 @@
     then        x+ = M x^half,   c <- c + M z - z      both in one message
 
 c starts at zero; c_i is how the mean gradient of all differs from the own one, so that each peer steps as if it saw
-everybody's data. Preserved: the mean of x; sum_i c_i = 0 while nothing is clipped. Two vectors travel.
+everybody's data. Preserved: the mean of x; sum_i c_i = 0 while nothing is clipped or forgotten. Two vectors travel.
 
 Options. `second_moments: q` also mixes Adam's second moments every q rounds (a third vector in those rounds; clamped
 at zero, since Chebyshev matrices have negative entries), so that peers divide by the same; 0 never does. `clip` bounds
-||c_i|| by so many times ||z_i||; then c no longer sums to zero. `decay` is the share of c that is forgotten in a round
-in which a message to the peer was lost; here a message is lost at both ends or at none, so that the sum stays.
+||c_i|| by so many times ||z_i||, and `decay` is the share of c that is forgotten in a round in which a message to the
+peer was lost: then c no longer sums to zero. Losses alone leave the sum as it is, since a message is lost at both ends
+of an edge or at none.
 
 The learning rate should fall: the noise of Adam's steps sets the floor of the consensus error.
 

@@ -8,8 +8,8 @@ Averaging A and B apart gives B_bar A_bar and not the mean product P = sum_j w_j
              and R the rotation that brings A+ nearest to A_i (Procrustes), since Adam's moments belong to these
              factors (DeCAF, arXiv 2505.21382). What the truncation cuts off is lost, and the mean of products with it.
     fair     the mean of A and B, then the least change of B that brings the product nearest to P:
-             B+ = sum_j w_j B_j (A_j A_bar') (A_bar A_bar')^+  (LoRA-FAIR, arXiv 2411.14961). The mean of A stays, that of B
-             does not.
+             B+ = sum_j w_j B_j (A_j A_bar') (A_bar A_bar')^+  (LoRA-FAIR, arXiv 2411.14961). The mean of A stays,
+             that of B does not.
     rotated  each neighbour's factors turned to the own ones before they are averaged: B_j R_j, R_j' A_j, with R_j the
              rotation nearest to bringing both to (B_i, A_i); the product of each stays (FedRot, arXiv 2602.23638).
 

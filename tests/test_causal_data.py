@@ -45,6 +45,30 @@ def tokens_of(content: dict[str, Any]) -> list[list[list[int]]]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("file", "data", "says"),
+    [
+        ("rows.jsonl", {"train": "train[50%:]", "validation": "train[:50%]"}, "11 rows of '{}' (train[50%:])"),
+        ("rows.jsonl", {"train": "train[:5]", "validation": "train[-4:]"}, "4 rows of '{}' (train[-4:])"),
+        ("train/validation.jsonl", {"path": "train"}, "21 rows of '{}' (validation)"),
+        ("rows.jsonl", {"path": "train", "validation": "rows.jsonl"}, "21 rows of '{}' cannot"),
+    ],
+)
+def test_a_bad_row_is_told_by_its_split_and_its_number_in_it(
+    file: str, data: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(tmp_path)
+    rows = [{"text": row["text"] if i < 20 else ""} for i, row in enumerate(texts(21))]
+    write_questions(tmp_path / "train" / "train.jsonl", texts(20))
+    write_questions(tmp_path / file, rows)
+    named = {key: str(tmp_path / value) for key, value in data.items() if (tmp_path / value).exists()}
+    content["data"] = {"path": str(tmp_path / file), "partition": "iid"} | data | named
+    place = content["data"]["path"] if "cannot" not in says else content["data"]["validation"]
+    assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert says.format(place) in said and "the first is row 20." in said and said.count("\n") == 1
+
+
 def test_a_run_on_the_saved_rows_of_one_that_left_some_out_has_the_same_rows(tmp_path: Path) -> None:
     first = with_gaps(tmp_path)
     assert call("run", written(tmp_path / "a.yaml", first), "--out", tmp_path / "a", "--json") == 0

@@ -12,6 +12,7 @@ from dfl_lora.data import partition, sources, tasks
 from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
 from dfl_lora.data.causal import CausalRows, CausalTokenization
 from dfl_lora.data.labels import check_several, occurring
+from dfl_lora.data.sources import Excerpt
 from dfl_lora.errors import UserError
 from dfl_lora.learners.work import PeerData
 from dfl_lora.models import base as bases
@@ -55,10 +56,14 @@ class Tables:
     owners: list[int]
     """Whose table each peer's rows are in, of all peers or (each with its own) of those hosted."""
     paths: Mapping[int, str]
-    rows: Mapping[int, Dataset]
+    excerpts: Mapping[int, Excerpt]
     shared: bool
     everywhere: bool
     """Whether the rows of all peers are read here."""
+
+    @property
+    def rows(self) -> dict[int, Dataset]:
+        return {i: excerpt.rows for i, excerpt in self.excerpts.items()}
 
 
 def tables_of(recipe: Recipe, hosted: Iterable[int]) -> Tables:
@@ -68,8 +73,8 @@ def tables_of(recipe: Recipe, hosted: Iterable[int]) -> Tables:
     shared, everyone = data.per_peer is None, range(recipe.peers.num_peers)
     owners = [0] * len(everyone) if shared else list(hosted)
     paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
-    rows = {i: sources.load_rows(path, data.config, data.train) for i, path in paths.items()}
-    return Tables(owners, paths, rows, shared, shared or len(owners) == len(everyone))
+    excerpts = {i: sources.excerpt(path, data.config, data.train) for i, path in paths.items()}
+    return Tables(owners, paths, excerpts, shared, shared or len(owners) == len(everyone))
 
 
 def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
@@ -95,8 +100,8 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     else:
         parts = [np.arange(len(labels[i])) for i in tables.owners]
 
-    def held_out(path: str, rows: Dataset) -> Source:
-        return tokens.source(rows, columns, names, path)
+    def held_out(path: str, excerpt: Excerpt) -> Source:
+        return tokens.source(excerpt.rows, columns, names, path)
 
     return data_of(recipe, hosted, tables, read, parts, names, labels, held_out)
 
@@ -124,7 +129,11 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
     if task.tokens and len(tokenizer) == len(bases.load_tokenizer(files)):
         raise UserError("task.tokens seed has no effect on this base, whose tokenizer lacks none of them; remove it.")
     tokens = CausalTokenization(tokenizer, digest, limit, task.truncation_side, task.format, task.bad_rows)
-    read = {i: tokens.rows(rows, tables.paths[i]) for i, rows in tables.rows.items()}
+
+    def read_in(path: str, excerpt: Excerpt) -> CausalRows:
+        return tokens.rows(excerpt.rows, path, excerpt.split, excerpt.first)
+
+    read = {i: read_in(tables.paths[i], excerpt) for i, excerpt in tables.excerpts.items()}
     names: tuple[str, ...] = ("rows",)
     labels = {i: np.zeros(len(own.kept), dtype=np.int64) for i, own in read.items()}
     if tables.shared:
@@ -133,8 +142,8 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
         parts = [np.arange(len(labels[i])) for i in tables.owners]
     held_out = dict[str, CausalRows]()
 
-    def source_of(path: str, rows: Dataset) -> Source:
-        held_out[path] = tokens.rows(rows, path)
+    def source_of(path: str, excerpt: Excerpt) -> Source:
+        held_out[path] = read_in(path, excerpt)
         return held_out[path].source
 
     sources_read = {i: own.source for i, own in read.items()}
@@ -180,7 +189,7 @@ def notes_of(tables: Iterable[CausalRows], limit: int) -> dict[str, int]:
 
 def data_of(
     recipe: Recipe, hosted: Iterable[int], tables: Tables, read: Mapping[int, Source], parts: Sequence[Rows],
-    names: tuple[str, ...], labels: Mapping[int, Rows], held_out: Callable[[str, Dataset], Source],
+    names: tuple[str, ...], labels: Mapping[int, Rows], held_out: Callable[[str, Excerpt], Source],
 ) -> Data:  # fmt: skip
     """Returns the shards of the hosted peers; `parts` are each peer's rows, `held_out` makes tokens of a table."""
     owners = tables.owners
@@ -193,7 +202,7 @@ def data_of(
 
 
 def validation_shards(
-    recipe: Recipe, held_out: Callable[[str, Dataset], Source], ids: Iterable[int]
+    recipe: Recipe, held_out: Callable[[str, Excerpt], Source], ids: Iterable[int]
 ) -> dict[int, Shard]:
     """Returns each peer's validation rows: one table for all, or a table of its own."""
     data, loaded, apart = recipe.data, dict[str, Source](), is_path(recipe.data.validation)
@@ -204,7 +213,7 @@ def validation_shards(
         else:
             path, split_name, config = str(data.path), data.validation, data.config
         if path not in loaded:
-            loaded[path] = held_out(path, sources.load_rows(path, config, split_name, alone=apart))
+            loaded[path] = held_out(path, sources.excerpt(path, config, split_name, alone=apart))
         source = loaded[path]
         shards[i] = evaluation_shard(recipe, source, np.arange(len(source.lengths)))
     return shards

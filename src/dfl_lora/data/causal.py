@@ -71,8 +71,11 @@ class CausalTokenization:
     format: str | None
     bad_rows: Literal["refuse", "skip"]
 
-    def rows(self, rows: Dataset, path: str) -> CausalRows:
-        """Tokenises rows once and returns them memory-mapped from a private cache, named by their content."""
+    def rows(self, rows: Dataset, path: str, split: str = "", first: int = 0) -> CausalRows:
+        """Tokenises rows once and returns them memory-mapped from a private cache, named by their content.
+
+        Bad rows are told as those of the split, of which the first of `rows` is number `first`.
+        """
         how = format_of(rows.column_names, self.format, path)
         if how.needs_chat:
             self.check_template()
@@ -84,7 +87,8 @@ class CausalTokenization:
         kept = [spelt[i] for i in arrays["kept"]]
         bad |= dict.fromkeys({row.number for row in spelt} - {row.number for row in kept}, FILLED)
         if bad and (self.bad_rows == "refuse" or not kept):
-            raise self.refused(bad, len(rows), path)
+            where = f"'{path}' ({split})" if split else f"'{path}'"
+            raise self.refused({first + number: why for number, why in bad.items()}, len(rows), where)
         return CausalRows(
             self.source(arrays, key),
             np.array([row.number for row in kept], dtype=np.int64),
@@ -189,7 +193,7 @@ class CausalTokenization:
                 "model whose tokenizer has an eos_token."
             )
 
-    def refused(self, bad: Mapping[int, str], num_rows: int, path: str) -> UserError:
+    def refused(self, bad: Mapping[int, str], num_rows: int, where: str) -> UserError:
         """Returns the sentence for rows that cannot be trained on."""
         counts = Counter(bad.values()).most_common()
         why = ", ".join(f"{count:,} with {reason}" for reason, count in counts)
@@ -201,7 +205,7 @@ class CausalTokenization:
             advice.append("set task.bad_rows to skip")
         last = f", or {advice.pop()}" if len(advice) > 1 else ""
         return UserError(
-            f"{len(bad):,} of the {num_rows:,} rows of '{path}' cannot be trained on: {why}; the first is row {first}. "
+            f"{len(bad):,} of the {num_rows:,} rows of {where} cannot be trained on: {why}; the first is row {first}. "
             f"To go on, {', '.join(advice)}{last}."
         )
 

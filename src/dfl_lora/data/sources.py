@@ -7,6 +7,7 @@ or a new line, as in GLUE's own files. The split `validation` of data that has t
 import csv
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,23 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """The rows of a split, or of a slice of it."""
+
+    rows: Dataset
+    split: str
+    """As it was asked for; empty where the rows are a table without splits."""
+    first: int
+    """Which row of the split the first one is."""
+
+
 def load_rows(path: str, config: str | None, split: str, *, alone: bool = False) -> Dataset:
+    """Returns the rows of `excerpt`."""
+    return excerpt(path, config, split, alone=alone).rows
+
+
+def excerpt(path: str, config: str | None, split: str, *, alone: bool = False) -> Excerpt:
     """Returns the rows of one split; raises a sentence that names what is there where it cannot.
 
     One table without splits is `train`, or with `alone` whatever is asked for: a path given for these rows only.
@@ -69,10 +86,10 @@ def load_rows(path: str, config: str | None, split: str, *, alone: bool = False)
         raise cannot_load(path, config, reason(error, place), broken) from None
     if isinstance(loaded, Dataset) and not alone:
         check_alone(path, split)
-    rows = pick(loaded, split, path)
-    if not len(rows):
+    found = pick(loaded, split, path)
+    if not len(found.rows):
         raise no_rows(path, split)
-    return rows
+    return found
 
 
 def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, Dataset]:
@@ -118,12 +135,12 @@ def reason(error: BaseException, place: Path) -> str:
     return text.rstrip(".") or type(error).__name__
 
 
-def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Dataset:
+def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Excerpt:
     """Returns the split of a dictionary of splits, or the table where there is only one; `train[:1000]` is a slice."""
     name, cut = name_and_slice(split)
     rows = loaded if isinstance(loaded, Dataset) else loaded[split_among(loaded, name, path)]
     if cut is None:
-        return rows
+        return Excerpt(rows, "" if isinstance(loaded, Dataset) else split, 0)
     try:
         (part,) = ReadInstruction.from_spec(f"rows{cut}").to_absolute({"rows": len(rows)})
     except (ValueError, AssertionError):
@@ -131,7 +148,8 @@ def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Data
             f"'{split}' is no slice of the {len(rows)} rows of '{path}'; "
             f"write such as {name}[:1000], {name}[-500:] or {name}[10%:20%]."
         ) from None
-    return rows.select(range(len(rows))[part.from_ : part.to] or [])  # the library refuses a range that is empty
+    chosen = range(len(rows))[part.from_ : part.to]
+    return Excerpt(rows.select(chosen or []), split, chosen.start)  # the library refuses a range that is empty
 
 
 def column(rows: Dataset, name: str, path: str) -> list[object]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dfl_lora.data.causal import CausalRows, CausalTokenization, opening_tokens, render, trained_spans
-from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED
+from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED, REWRITTEN
 from dfl_lora.data.sources import load_rows
 from dfl_lora.errors import UserError
 from real import real
@@ -27,6 +27,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+THINKING = (
+    "{% for turn in messages %}<s>{{ turn.role }}: {% if loop.last and turn.role == 'assistant' %}<think></think>"
+    "{% endif %}{{ turn.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+"""Writes what was thought in the last turn alone, as the template of Qwen 3 does."""
+BREAKING = "{% if messages[0].role == 'system' %}{{ messages[0].content + 1 }}{% endif %}" + TEMPLATE
+"""Adds a number to a text, of which Python and not the template's language complains."""
 DATED = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + TEMPLATE
 
 
@@ -152,11 +159,26 @@ def test_turns_without_a_chat_template_are_refused(form: str, bad_rows: Literal[
         )
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_row() -> None:
+@pytest.mark.parametrize("template", [STRICT, BREAKING])
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str) -> None:
     system = [{"role": "system", "content": "s"}, *TURNS]
     rows = Dataset.from_dict({"messages": [TURNS, system]})
-    made = tokenization(bytes_tokenizer(STRICT), bad_rows="skip").rows(rows, "here")
+    made = tokenization(bytes_tokenizer(template), bad_rows="skip").rows(rows, "here")
     assert made.bad == {REFUSED: 1} and made.kept.tolist() == [0]
+
+
+def test_a_conversation_of_which_the_template_writes_earlier_turns_anew_is_skipped_or_refused() -> None:
+    rows = Dataset.from_dict({"messages": [TURNS[:2], TURNS]})
+    tokenizer = bytes_tokenizer(THINKING)
+    made = tokenization(tokenizer, bad_rows="skip").rows(rows, "here")
+    assert made.bad == {REWRITTEN: 1} and made.kept.tolist() == [0]
+    assert render(tokenizer, made.source, 0) == "<s>user: ab</s><s>assistant: «<think></think>c</s>»"
+    says = (
+        f"1 of the 2 rows of 'here' cannot be trained on: 1 with {REWRITTEN}; the first is row 1. "
+        "To go on, clean the row, use a model with another chat template, or set task.bad_rows to skip."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
+        tokenization(tokenizer).rows(rows, "here")
 
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
@@ -231,6 +253,12 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so() -> None:
     assert made.bad == {FILLED: 2, EMPTY: 1, NO_TEXT: 1} and made.num_cut == 1
     assert made.contents == ["a\nb", "a\nbcd", "a\nc"] and made.source.lengths.tolist() == [4, 4, 4]
     assert [render(how.tokenizer, made.source, row) for row in range(3)] == ["<s>a«b</s>»", "<s>a«bc»", "<s>a«c</s>»"]
+
+
+def test_an_empty_cell_of_a_csv_is_an_empty_completion(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\nc,\n")
+    made = tokenization(bad_rows="skip").rows(load_rows(str(tmp_path / "rows.csv"), None, "train"), "here")
+    assert made.bad == {EMPTY: 1} and made.kept.tolist() == [0]
 
 
 @pytest.mark.parametrize("rows", [pairs(("a", ""), ("a", " ")), pairs(("abcd", "a"), ("abc", "a"))])

@@ -12,10 +12,12 @@ from dfl_lora.data.formats import (
     ALPACA_INPUT,
     EMPTY,
     FORMATS,
+    MIXED,
     NO_ASSISTANT,
     NO_FINAL,
     NO_TEXT,
     NO_TURNS,
+    REWRITTEN,
     UNKNOWN_ROLE,
     BadRow,
     Chat,
@@ -115,9 +117,9 @@ def test_an_assistant_may_speak_first() -> None:
 
 
 @pytest.mark.parametrize("template", [counting_chat, forgetting_chat])
-def test_a_template_that_does_not_grow_by_turns_is_refused(template: Chat) -> None:
+def test_a_conversation_that_a_template_does_not_let_grow_by_turns_is_a_bad_row(template: Chat) -> None:
     said = turns("user: u", "assistant: a", "user: v", "assistant: b")
-    with pytest.raises(UserError, match="The chat template is not one that grows by turns"):
+    with pytest.raises(BadRow, match=f"^{REWRITTEN}$"):
         FORMATS["messages"].segments({"messages": said}, template)
 
 
@@ -193,9 +195,12 @@ def test_a_text_is_trained_whole() -> None:
         ("question_answer", {"question": None, "answer": "#### 72"}, NO_TEXT),
         ("prompt_completion", {"prompt": "p", "completion": ""}, EMPTY),
         ("prompt_completion", {"prompt": "p", "completion": " \n"}, EMPTY),
-        ("prompt_completion", {"prompt": "p", "completion": None}, NO_TEXT),
+        ("prompt_completion", {"prompt": "p", "completion": None}, EMPTY),
         ("prompt_completion", {"prompt": "p", "completion": float("nan")}, NO_TEXT),
-        ("prompt_completion", {"prompt": "p", "completion": turns("assistant: a")}, NO_TEXT),
+        ("prompt_completion", {"prompt": None, "completion": "c"}, NO_TEXT),
+        ("prompt_completion", {"prompt": "p", "completion": turns("assistant: a")}, MIXED),
+        ("prompt_completion", {"prompt": turns("user: u"), "completion": "c"}, MIXED),
+        ("prompt_completion", {"prompt": turns("user: u"), "completion": None}, EMPTY),
         ("prompt_completion", {"prompt": turns("assistant: a"), "completion": turns("user: u")}, NO_ASSISTANT),
         ("messages", {"messages": turns("user: u")}, NO_ASSISTANT),
         ("messages", {"messages": []}, NO_ASSISTANT),
@@ -209,6 +214,7 @@ def test_a_text_is_trained_whole() -> None:
         ("sharegpt", {"conversations": [{"from": "bing", "value": "a"}]}, UNKNOWN_ROLE),
         ("sharegpt", {"conversations": turns("user: u")}, UNKNOWN_ROLE),
         ("alpaca", {"instruction": "i", "input": "", "output": ""}, EMPTY),
+        ("alpaca", {"instruction": "i", "input": "", "output": None}, EMPTY),
         ("alpaca", {"instruction": None, "output": "o"}, NO_TEXT),
         ("alpaca", {"instruction": "i", "input": ["x"], "output": "o"}, NO_TEXT),
         ("text", {"text": None}, NO_TEXT),

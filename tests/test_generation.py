@@ -128,6 +128,12 @@ def test_prompts_are_spelt_as_in_training(tmp_path: Path) -> None:
     assert tokenizer.decode(turns_tokens(tokenizer, turns)) == "user: Hi\nassistant: 18\nuser: ?\nassistant: "
 
 
+def test_whatever_a_chat_template_raises_is_told_in_a_sentence(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(locate(str(write_llama(tmp_path / "chatty", template="{{ messages[0].content + 1 }}"))))
+    with pytest.raises(UserError, match="The chat template of the base model refuses the conversation: can only"):
+        turns_tokens(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
 def stories(model: Path, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
     files = locate(str(model))
     tokenizer = load_tokenizer(files)

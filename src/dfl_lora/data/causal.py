@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import Rows, TokenSource
-from dfl_lora.data.formats import FILLED, REFUSED, BadRow, Format, Segment, Turn, format_of
+from dfl_lora.data.formats import FILLED, REFUSED, REWRITTEN, BadRow, Format, Segment, Turn, format_of
 from dfl_lora.data.sources import column
 from dfl_lora.data.token_cache import cached
 from dfl_lora.errors import UserError
@@ -129,7 +128,7 @@ class CausalTokenization:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
             )
-        except TemplateError:  # such as for two turns of one role, or a system turn
+        except Exception:  # whatever a template raises, such as for two turns of one role, or a system turn
             raise BadRow(REFUSED) from None
         return text
 
@@ -201,6 +200,8 @@ class CausalTokenization:
         advice = [f"clean the {'row' if len(bad) == 1 else 'rows'}"]
         if FILLED in bad.values():
             advice.append(f"raise task.max_length, here {self.max_length}")
+        if REWRITTEN in bad.values():
+            advice.append("use a model with another chat template")
         if len(bad) < num_rows:
             advice.append("set task.bad_rows to skip")
         last = f", or {advice.pop()}" if len(advice) > 1 else ""

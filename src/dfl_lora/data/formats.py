@@ -8,7 +8,8 @@
     text               *the whole text*
 
 Trained is what stands between asterisks. Turns need a chat template that grows by turns: what it makes of the first
-turns is how what it makes of all of them begins. What follows the last turn of the assistant is dropped.
+turns is how what it makes of all of them begins. A template that writes earlier turns anew, as Qwen 3's do, takes
+conversations with one turn of the assistant alone. What follows the last turn of the assistant is dropped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,9 @@ EMPTY = "an empty completion"
 NO_ASSISTANT = "a conversation without an assistant turn"
 NO_FINAL = f"an answer without {GOLD}"
 NO_TEXT = "no text"
+MIXED = "turns in only one of prompt and completion"
 NO_TURNS = "a conversation that is not a list of turns"
+REWRITTEN = "a conversation of which the chat template writes earlier turns anew"
 REFUSED = "a conversation that the chat template refuses"
 UNKNOWN_ROLE = "a turn of an unknown role"
 FILLED = "a prompt that fills max_length"
@@ -95,7 +98,11 @@ def question_answer(row: Row, chat: Chat) -> list[Segment]:
 def prompt_completion(row: Row, chat: Chat) -> list[Segment]:
     """Returns the prompt and its completion; of turns, those of the completion are trained."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if completion is None:
+        raise BadRow(EMPTY)
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise BadRow(MIXED)
+    if isinstance(prompt, list):
         before = turns_of(prompt)
         return spoken([*before, *turns_of(completion)], chat, first=len(before))
     return completed(text_of(row, "prompt"), text_of(row, "completion"))
@@ -113,7 +120,7 @@ def sharegpt(row: Row, chat: Chat) -> list[Segment]:
 
 def alpaca(row: Row, chat: Chat) -> list[Segment]:
     """Returns the prompt of an instruction, with its input where it has one, and the output."""
-    instruction, output = text_of(row, "instruction"), text_of(row, "output")
+    instruction, output = text_of(row, "instruction"), text_of(row, "output", EMPTY)
     given = "" if row.get("input") is None else text_of(row, "input")
     template = ALPACA_INPUT if given.strip() else ALPACA
     return completed(template.format(instruction=instruction, input=given), output)
@@ -163,12 +170,12 @@ def format_of(columns: Sequence[str], asked: str | None, path: str) -> Format:
     return form
 
 
-def text_of(row: Row, name: str) -> str:
-    """Returns the text of a column; raises where it has none."""
+def text_of(row: Row, name: str, missing: str = NO_TEXT) -> str:
+    """Returns the text of a column; raises where it has none, with what is `missing` where there is nothing."""
     value = row.get(name)
     if isinstance(value, str | int | float) and value == value:  # a table may hold a text such as 42 as a number
         return str(value)
-    raise BadRow(NO_TEXT)
+    raise BadRow(missing if value is None else NO_TEXT)
 
 
 def completed(prompt: str, completion: str) -> list[Segment]:
@@ -207,7 +214,7 @@ def spoken(turns: Sequence[Turn], chat: Chat, first: int = 0) -> list[Segment]:
         until = chat(turns[: i + 1], False)
         before = opening(turns[:i], until, chat)
         if not before.startswith(done):
-            raise not_growing()
+            raise BadRow(REWRITTEN)
         segments += [Segment(before[len(done) :], False), Segment(until[len(before) :], True)]
         done = until
     if not segments:
@@ -223,12 +230,4 @@ def opening(turns: Sequence[Turn], until: str, chat: Chat) -> str:
         before = chat(turns, add_generation_prompt)
         if until.startswith(before) and until != before:
             return before
-    raise not_growing()
-
-
-def not_growing() -> UserError:
-    return UserError(
-        "The chat template is not one that grows by turns: a conversation does not begin as the same conversation "
-        "without its last turn, so what the assistant says cannot be told apart; use a model with another template, "
-        "or rows of prompt and completion in plain text."
-    )
+    raise BadRow(REWRITTEN)

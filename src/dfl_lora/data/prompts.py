@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.causal import DATE, opening_tokens
@@ -30,7 +29,7 @@ def turns_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> l
         return text_tokens(tokenizer, turns[-1]["content"])
     try:
         text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, date_string=DATE)
-    except TemplateError as error:
+    except Exception as error:  # whatever a template raises
         raise UserError(f"The chat template of the base model refuses the conversation: {error}.") from None
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens

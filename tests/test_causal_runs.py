@@ -174,7 +174,8 @@ def test_a_batch_larger_than_a_pass_is_not_taken_for_a_small_one(tmp_path: Path)
         ({"task": {"format": "alpaca"}}, "instruction"),
         ({"task": {"name": "sst2"}}, "sst2 is a task of classification"),
         ({"data": {"partition": "dirichlet(alpha=0.5)"}}, "is by label"),
-        ({"lora": {"target_modules": ["lm_head"]}}, "lm_head"),
+        ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "'lm_head' belongs to the output of a causal language"),
+        ({"lora": {"target_modules": ".*(q_proj|lm_head)"}}, "'lm_head' belongs to the output of a causal language"),
         ({"lora": {"target_modules": ["query"]}}, "candidates are"),
     ],
 )

@@ -131,11 +131,13 @@ class Modules:
 
     linear: Mapping[str, int | None]
     embeddings: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()
+    """What makes logits of a causal language model, which stays frozen whichever targets."""
 
     @property
     def names(self) -> set[str]:
         """Every module's name, the modules that hold others included."""
-        leaves = [*self.linear, *self.embeddings]
+        leaves = [*self.linear, *self.embeddings, *self.outputs]
         return {".".join(name.split(".")[:k]) for name in leaves for k in range(1, name.count(".") + 2)}
 
     def check(self, targets: Targets) -> None:
@@ -147,6 +149,8 @@ class Modules:
         matched = self.matched(targets)
         if not matched:
             raise unmatched(str(targets if isinstance(targets, str) else list(targets)), candidates)
+        for name in sorted(matched & self.outputs):
+            raise output_layer(name)
         for name in sorted(matched & self.embeddings):
             raise no_linear(name, "Embedding")
 
@@ -208,15 +212,18 @@ def read_header(file: Path) -> dict[str, list[int]]:
 def decoder_modules(weights: Iterable[Path]) -> Modules:
     """Returns the modules of a causal language model in the files; the inputs of Conv1D are not told from outputs."""
     linear, embeddings = dict[str, int | None](), set[str]()
+    outputs = {"lm_head"}  # there without weights of its own where it is tied to the embeddings
     for file in weights:
         for tensor, shape in read_header(file).items():
             name, _, part = tensor.rpartition(".")
             if part == "weight" and len(shape) == 2:
                 if name.endswith(("embed_tokens", "wte", "wpe", "embed_in")):
                     embeddings.add(name)
-                elif name != "lm_head":  # not among the adapted, whichever targets
+                elif name in ("lm_head", "embed_out"):
+                    outputs.add(name)
+                else:
                     linear[name] = None if ".c_" in name else shape[1]
-    return Modules(linear, frozenset(embeddings))
+    return Modules(linear, frozenset(embeddings), frozenset(outputs))
 
 
 def modules_in(weights: Iterable[Path], model_type: str) -> Modules:

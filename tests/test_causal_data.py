@@ -11,6 +11,7 @@ from decoders import byte_tokenizer, recipe, texts
 from dfl_lora import machine
 from dfl_lora.build import build
 from dfl_lora.data.causal import CausalTokenization
+from dfl_lora.data.formats import EMPTY
 from dfl_lora.data.sources import load_rows
 from dfl_lora.reading import resolve
 from real import real
@@ -107,6 +108,31 @@ def test_what_rows_say_is_their_columns_without_a_word_of_a_template(name: str) 
     made = CausalTokenization(byte_tokenizer(), "digest", 8192, "right", None, "refuse").rows(rows, "here")
     names = ("instruction", "output", "input") if name == "alpaca_demo" else ("question", "answer")
     assert made.contents == ["\n".join(row[name] for name in names if row[name]) for row in rows]
+
+
+def test_rows_that_are_cut_or_left_out_are_counted_once_and_told_of_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40 rows, 5 of them gaps; what is trained on is `train`, what is evaluated on its last 20."""
+    content = with_gaps(tmp_path, task={"max_length": 40}, data={"partition": "iid"})
+    lengths = [len(row["text"][:12]) + len(row["text"]) + 1 for i, row in enumerate(texts(40)) if i not in GAPS]
+    cut, late = sum(n > 40 for n in lengths), sum(n > 40 for n in lengths[-19:])
+    assert 0 < late < cut < len(lengths)
+    path = written(tmp_path / "recipe.yaml", content)
+    notes = {
+        "of 40 training rows cut at 40 tokens": cut, f"of 40 training rows left out: {EMPTY}": 5,
+        "of 20 validation rows cut at 40 tokens": late, f"of 20 validation rows left out: {EMPTY}": 1,
+    }  # fmt: skip
+    assert call("check", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["partition"]["notes"] == notes and found["sample"]["cut"] is None
+    assert call("check", path) == 0
+    shown = capsys.readouterr().out
+    assert call("run", path, "--out", tmp_path / "run") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for note, count in notes.items():
+        assert f"{count} {note}" in " ".join(shown.split()) and f"{count} {note}" in said
+    assert "may be cut" not in shown and "1 rows" not in said
 
 
 def test_topics_are_told_by_the_words_of_the_columns_alone(tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ class Sample:
     """Of a causal task the trained tokens stand between « and »."""
     num_tokens: int
     label: str | None
-    cut: int
-    """How many of all training rows are as long as the longest that is read, so may have been cut."""
+    cut: int | None
+    """How many of all training rows are as long as the longest that is read, so may have been cut; None of a causal
+    task, where it is known which were: the notes of the partition say it."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ def sample_of(federation: Federation) -> Sample | None:
         source.columns["input_ids"][source.offsets[row] : source.offsets[row + 1]],
         load_tokenizer(export.files, federation.recipe.task.tokens),
     )
-    cut = sum(int((s.source.lengths[s.rows] >= source.max_length).sum()) for s in train.values())
     if source.targets is not None:
-        return Sample(render(tokenizer, source, row), len(tokens), None, cut)
+        return Sample(render(tokenizer, source, row), len(tokens), None, None)
+    cut = sum(int((s.source.lengths[s.rows] >= source.max_length).sum()) for s in train.values())
     text = str(tokenizer.decode(tokens.tolist()))
     return Sample(text, len(tokens), federation.data.labels[int(source.labels[row])], cut)
 

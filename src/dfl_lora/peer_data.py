@@ -1,7 +1,7 @@
 """The rows of every peer: loaded, made into tokens, shared out, and those on which each is evaluated."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,7 +46,7 @@ class Data:
     rows: list[Rows] | None
     """Row numbers of each peer; None where each has a table of its own."""
     notes: Mapping[str, int] = field(default_factory=dict)
-    """What was done to rows, and to how many."""
+    """What was done to rows, and to how many; the words follow the number."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
     data = data_of(recipe, hosted, tables, sources_read, parts, names, labels, source_of)
     # rows are told by their numbers in the table, so that they are the same rows where others are left out
     numbers = [read[0].kept[part] for part in parts] if tables.shared else None
-    num_rows, notes = sum(map(len, tables.rows.values())), notes_of([*read.values(), *held_out.values()], limit)
-    return replace(data, num_rows=num_rows, rows=numbers, notes=notes)
+    notes = notes_of("training", read.values(), limit) | notes_of("validation", held_out.values(), limit)
+    return replace(data, num_rows=sum(map(len, tables.rows.values())), rows=numbers, notes=notes)
 
 
 def shared_of(recipe: Recipe, own: CausalRows, rows: Dataset, path: str) -> tuple[tuple[str, ...], Rows, list[Rows]]:
@@ -178,13 +178,14 @@ def among(kept: Rows, part: Rows, path: str) -> Rows:
     return places
 
 
-def notes_of(tables: Iterable[CausalRows], limit: int) -> dict[str, int]:
-    """Returns how many rows were cut and left out, of training and of validation together."""
+def notes_of(what_for: str, tables: Collection[CausalRows], limit: int) -> dict[str, int]:
+    """Returns how many rows of all in the tables were cut and left out, by words that follow the number."""
     notes = Counter[str]()
     for table in tables:
         notes[f"cut at {limit} tokens"] += table.num_cut
         notes.update({f"left out: {reason}": count for reason, count in table.bad.items()})
-    return dict(+notes)
+    num_rows = sum(len(table.kept) + sum(table.bad.values()) for table in tables)
+    return {f"of {num_rows:,} {what_for} rows {note}": count for note, count in (+notes).items()}
 
 
 def data_of(

@@ -93,10 +93,12 @@ def facts(found: "Check") -> "Table":
     if found.carried:
         table.add_row("adapters", f"carry the tokenizer and {found.carried}")
     if found.sample is not None:
-        cut = f"{found.sample.cut:,} of {sum(map(sum, rows)):,} rows reach max_length and may be cut"
         label = "" if found.sample.label is None else f" -> {found.sample.label}"
         table.add_row("first row", escape(found.sample.text + label))
-        table.add_row("", f"{found.sample.num_tokens} tokens; {cut}")
+        told = [f"{found.sample.num_tokens} tokens"]
+        if found.sample.cut is not None:
+            told.append(f"{found.sample.cut:,} of {sum(map(sum, rows)):,} rows reach max_length and may be cut")
+        table.add_row("", "; ".join(told))
     over = f" over {graph.num_rounds} rounds" if graph.num_rounds > 1 else ""
     table.add_row("graph", escape(f"{graph.topology}: {graph.num_edges:,} edges{over}, W {graph.mixing}"))
     exchanges = short(graph.exchanges_to_a_thousandth)

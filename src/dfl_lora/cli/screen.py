@@ -73,7 +73,7 @@ class Screen:
         if federation.short:
             self.say(federation.short, always=True)
         for note, count in federation.data.notes.items():
-            self.say(f"{count:,} rows {note}", always=True)
+            self.say(f"{count:,} {note}", always=True)
         for line in lines:
             self.say(told(line, self.keys))
         if lines:

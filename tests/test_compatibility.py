@@ -39,6 +39,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("combine product, fair or rotated", "schedules that share one factor"): {
         "method": {"combine": "rotated", "schedule": "alternating(mix=trained)"},
     },
+    ("schedule core", "lora.init kaiming"): {"method": {"schedule": "core"}},
     ("codec top_k or choco", "mixers of several exchanges"): {"method": {"codec": "top_k", "mixer": "chebyshev"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"codec": "choco", "correction": "k_gt"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "top_k", "correction": "led"}},
@@ -65,6 +66,7 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
     ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},
+    ("schedule core", "lora.init kaiming"): {"lora": {**TOY["lora"], "init": "orthonormal"}},
     ("codec top_k or choco", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"correction": "quasi_global"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "int8"}},

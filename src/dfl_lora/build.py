@@ -68,7 +68,6 @@ def build(
     recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
-    lora = Lora(**recipe.lora.model_dump())
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
@@ -85,11 +84,13 @@ def build(
     topology, method = build_method(
         recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive)
     )
+    trained = schedules.ever_trained(method.schedule, recipe.train.rounds)
+    lora = Lora(**recipe.lora.model_dump(), core="core" in trained)
     placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     device = torch.device(recipe.compute.device)
     start = start.with_flat(start.flat.to(device))
-    own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
+    own, common = split(start, trained)
     vectors, memory = OPTIMIZERS[recipe.train.optimizer].state, method.memory
     store = resolve_store(recipe.compute, own.flat.nbytes * len(hosted) * (1 + len(vectors) + len(memory)))
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"store": store})})

@@ -127,6 +127,11 @@ CLASHES: Sequence[Clash] = (
         "products need A and B in one message, and with a common A the mean is exact; use combine mean",
     ),
     Clash(
+        "schedule core", "lora.init kaiming",
+        lambda r, t, w: r.method.schedule.kind == "core" and r.lora.init == "kaiming",
+        "both factors stay as they start, so both start orthonormal; use init orthonormal or gradient_svd",
+    ),
+    Clash(
         "codec top_k or choco", "mixers of several exchanges",
         lambda r, t, w: is_sparse(r) and r.method.mixer.kind not in ("plain", "exact"),
         "what one exchange leaves out the next would add to another vector; use codec bf16 or int8",

@@ -18,7 +18,7 @@ from dfl_lora.store import zeros
 from dfl_lora.tensors import Layout, Tensors
 
 STEPS = len(ROLES)
-"""counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
+"""counters[:STEPS] are the optimiser's steps on each role; counters[STEPS] is the number of batches read."""
 
 BEGIN_AT_X = frozenset({"start", "replica"})
 """Vectors of the memory that begin at the start of all peers; the others begin at zero."""

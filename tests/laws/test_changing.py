@@ -25,7 +25,7 @@ from dfl_lora.tensors import Layout, Tensors
 from dfl_lora.topologies import base, one_peer_exponential
 from quadratics import Quadratics
 
-LAYOUT = Layout.of({"q.A": ("A", (2, 4)), "q.B": ("B", (3, 2)), "head": ("head", (5,))})
+LAYOUT = Layout.of({"q.A": ("A", (2, 4)), "q.B": ("B", (3, 2)), "q.core": ("core", (2, 2)), "head": ("head", (5,))})
 every_name = pytest.mark.parametrize("name", NAMES)
 
 

@@ -74,6 +74,9 @@ RECIPES = {
         peers__num_peers=5, peers__topology="random_matching(seed=3)", method__correction="k_gt", train__order="seed",
         train__shuffle=False,
     ),
+    "core": recipe_of(
+        method__schedule="core", lora__init="gradient_svd", method__correction="k_gt", method__codec="int8",
+    ),
     "graphs in turn": recipe_of(peers__topology="base(k=1)"),
 }  # fmt: skip
 

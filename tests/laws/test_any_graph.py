@@ -1,4 +1,4 @@
-"""Laws on graphs, shapes, methods and losses that hypothesis draws: the mean, the sums of corrections, and the server."""
+"""Laws on graphs, shapes, methods and losses that hypothesis draws: the mean, sums of corrections, and the server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -32,6 +32,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("correction d2", "eigenvalues of -1/3 or less"): {
         "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
     },
+    ("lora.ranks", "combine other than product"): {"lora": {**TOY["lora"], "ranks": [1, 2, 2, 2, 2, 2, 2]}},
     ("combine product, fair or rotated", "a correction"): {"method": {"combine": "fair", "correction": "led"}},
     ("combine product, fair or rotated", "mixers of several exchanges"): {
         "method": {"combine": "product", "mixer": "chebyshev(k=2)"},
@@ -63,6 +64,7 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
+    ("lora.ranks", "combine other than product"): {"method": {"combine": "product"}},
     ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
     ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},

@@ -69,7 +69,7 @@ def test_of_a_core_both_factors_span_what_the_gradients_of_all_peers_span_best(l
         for name, gradient in dense(federation).items():
             a, b = adapter[f"{name}.A"].double(), adapter[f"{name}.B"].double()
             held = b.T @ gradient @ a.T
-            assert held.norm() > 0.95 * torch.linalg.svdvals(gradient)[:R].norm()
+            assert held.norm() > 0.9 * torch.linalg.svdvals(gradient)[:R].norm()
             assert held.norm() > (1 - 1e-4) * (b.T @ gradient).norm()
             assert (held - held.diagonal().diag()).norm() < 1e-4 * held.norm()
             assert held[0, 0] > held[1, 1] > 0

@@ -112,6 +112,11 @@ CLASHES: Sequence[Clash] = (
         "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
     ),
     Clash(
+        "lora.ranks", "combine other than product",
+        lambda r, t, w: r.lora.ranks is not None and r.method.combine != "product",
+        "others average factors row by row, which gives a peer rows that it has no room for; use combine product",
+    ),
+    Clash(
         "combine product, fair or rotated", "a correction",
         lambda r, t, w: r.method.combine != "mean" and r.method.correction.kind != "none",
         "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",

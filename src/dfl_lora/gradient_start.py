@@ -41,7 +41,7 @@ LOOKS = 10
 
 
 def start_at_gradients(federation: Federation) -> float:
-    """Puts every peer at the factors that all gradients give and a product of 0; returns the bytes that a peer sends."""
+    """Puts all peers at the factors that all gradients give and a product of 0; returns the bytes that a peer sends."""
     peers, learner = federation.peers, looking(federation.learner)
     start = whole(peers)
     put(start, "core", lambda e: torch.eye(*e.shape))
@@ -52,7 +52,7 @@ def start_at_gradients(federation: Federation) -> float:
     z = average(peers.ids, start, learner, "A")
     put(start, "A", lambda e: spanning(z[e.name], "A"))
     if "core" in start.layout.roles:
-        put(start, "B", lambda e: start[e.name].double().cpu() @ spanning(z[f"{e.name[:-2]}.A"], "B"))
+        put(start, "B", lambda e: start[e.name].double().cpu() @ left(z[f"{e.name[:-2]}.A"]))
         put(start, "core", zeros)
     else:
         put(start, "B", zeros)
@@ -99,6 +99,12 @@ def put(start: Tensors, role: Role, value: Callable[[Entry], Tensor]) -> None:
 
 def zeros(entry: Entry) -> Tensor:
     return torch.zeros(entry.shape)
+
+
+def left(gradient: Tensor) -> Tensor:
+    """Returns the left singular vectors [r, r] of a gradient of A [r, d_in]."""
+    vectors: Tensor = torch.linalg.svd(gradient.cpu(), full_matrices=False).U
+    return vectors
 
 
 def spanning(gradient: Tensor, role: Literal["A", "B"]) -> Tensor:

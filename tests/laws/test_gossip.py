@@ -232,8 +232,8 @@ def test_common_factors_mix_products_as_if_they_were_exchanged(
     random_peers: RandomPeers, graph: Graph, mixer: str, correction: str, schedule: str
 ) -> None:
     method = make(schedule, "frozen", graph, mixer, correction)
-    peers = random_peers(method)
-    layout = Layout.of({str(k): ("B", tuple(p.shape[1:])) for k, p in enumerate(products(peers))})
+    peers, (role,) = random_peers(method), method.schedule(1).shared
+    layout = Layout.of({str(k): (role, tuple(p.shape[1:])) for k, p in enumerate(products(peers))})
     nothing = Tensors(torch.zeros(0), Layout.of({}))
     start = Tensors(torch.zeros(layout.size, dtype=torch.float64), layout)
     whole = Peers(range(7), start, nothing, memory=method.correction.memory)

@@ -291,4 +291,4 @@ def test_a_checkpoint_is_loaded_into_the_peers_it_was_taken_of_and_no_others(sto
     assert checkpoint is not None
     assert checkpoint.round == 3
     assert (federation.peers.x != start).any(1).all()
-    assert federation.peers.counters.tolist() == [[6, 6, 6, 6]] * 3
+    assert federation.peers.counters.tolist() == [[6, 6, 0, 6, 6]] * 3

@@ -10,7 +10,8 @@ Preserved: the mean of x, and sum_i c_i = 0. It needs every eigenvalue of M abov
 short: a recipe whose matrix has a lower one is refused (peers.mixing: lazy or laplacian have none below 0).
 
 Source: Tang, Lian, Yan, Zhang, Liu, "D2: Decentralized Training over Decentralized Data", ICML 2018, arXiv 1803.07068;
-the equality of the two forms, and that it diverges at an eigenvalue of -1, are what was checked (tests/laws/test_corrections.py).
+the equality of the two forms, and that it diverges at an eigenvalue of -1, are what was checked
+(tests/laws/test_corrections.py).
 """
 
 from dfl_lora.corrections.led import ExactDiffusion

@@ -87,7 +87,7 @@ class Placement:
         return Layout.of(shapes | {name: ("head", shape) for name, shape in self.head.items()})
 
     def start(self, model: nn.Module, seed: int, dtype: torch.dtype) -> Tensors:
-        """Returns the common start: A drawn as `lora.init` says, and B = 0; with a core B is drawn, and the core 0."""
+        """Returns the start of all: A drawn from the run seed as `lora.init` says, B = 0; or B drawn and its core 0."""
         start = Tensors(torch.zeros(self.layout.size, dtype=dtype), self.layout)
         for path, (d_in, d_out) in self.modules.items():
             start[f"{path}.A"].copy_(INITS[self.lora.init](self.lora.r, d_in, torch_stream(seed, "A", path)))

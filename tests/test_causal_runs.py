@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from decoders import recipe
 from dfl_lora.build import build
 from dfl_lora.data.batches import TokenSource
-from dfl_lora.fitting import fitted, largest
+from dfl_lora.fitting import fitted, largest, roughly
 from dfl_lora.learners.stacked import StackedLearner
+from dfl_lora.memory import estimate
 from dfl_lora.models.base import quiet
 from dfl_lora.models.causal import head_of, hidden_states
 from dfl_lora.models.packing import Packing
@@ -153,6 +154,15 @@ def test_groups_shrink_where_memory_is_short_and_no_bit_changes(tmp_path: Path) 
     assert equal_bits(plain.peers.x, shrunk.peers.x)
     kept = resolve(recipe(tmp_path, compute={"group_tokens": 64}))
     assert fitted(build(kept), kept, available=1).recipe.compute.group_tokens == 64
+
+
+def test_a_batch_larger_than_a_pass_is_not_taken_for_a_small_one(tmp_path: Path) -> None:
+    """A peer's batch is never cut, so that the bound that spares a look at memory grows with it."""
+    federation = build(resolve(recipe(tmp_path, train={"batch_size": 24})))
+    assert isinstance(federation.learner, StackedLearner)
+    federation.learner.group_tokens = 32
+    found = estimate(federation)
+    assert roughly(federation.learner) > found.training + found.heap
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Passes that fit into memory: groups of peers shrink instead of dying. Who shares a pass changes no bit of a result.
 
 A rough upper bound tells in no time that most runs fit; where it does not, the run's memory is predicted (`memory`),
-with half as many tokens a pass each time, until it fits or every peer has a pass of its own.
+with half as many tokens a pass each time, until it fits or every peer has a pass of its own. That is so on a CPU alone:
+what a GPU has left is not looked at.
 """
 
 from dataclasses import replace
+
+import numpy as np
 
 from dfl_lora import machine
 from dfl_lora.build import Federation
@@ -45,11 +48,13 @@ def too_much(needed: Estimate) -> str:
 
 
 def roughly(learner: StackedLearner) -> int:
-    """Returns more bytes than a training pass needs, by the size of the base alone."""
+    """Returns more bytes than a training pass needs, by the sizes of the base and of the largest batch there can be."""
     config = getattr(learner.model, "config", None)
     width = int(getattr(config, "hidden_size", None) or getattr(config, "dim", None) or 64)
     layers = int(getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 2)
-    return KEPT_OF_A_TOKEN * width * layers * learner.dtype.itemsize * learner.group_tokens
+    rows, shards = learner.work.batch_size, learner.data.train.values()
+    batch = max(int(np.sort(own.source.lengths[own.rows])[-rows:].sum()) for own in shards)  # never cut
+    return KEPT_OF_A_TOKEN * width * layers * learner.dtype.itemsize * max(learner.group_tokens, batch)
 
 
 def largest(federation: Federation) -> int:

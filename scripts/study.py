@@ -157,7 +157,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             told.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
             cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
             told.append(f"{np.mean(cost):.2f}" if cost else "–")
-            yield f"| {arm}{f' at {rate}' if rate else ''} | {len(found)} | {' | '.join(told)} |"
+            yield f"| {arm}{f' ({rate})' if rate else ''} | {len(found)} | {' | '.join(told)} |"
 
 
 def number(row: Row, name: str) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "the same figure, the same file"
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml

@@ -23,12 +23,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "the same figure, the same file"
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from scipy import stats
 
+matplotlib.rcParams["svg.hashsalt"] = "the same figure, the same file"
 HERE = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = HERE / "recipes/study", HERE / "docs/results", HERE / "runs/study"
 ROWS, CURVES, PAGE = RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS / "README.md"

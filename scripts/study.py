@@ -1,6 +1,7 @@
 """Runs the study of recipes/study/study.yaml, block by block, and writes docs/results: rows, curves, figures, tables.
 
-    python scripts/study.py [BLOCK...] [--stop-after MINUTES]       runs what has no row yet; no block: all
+    python scripts/study.py [BLOCK...] [--stop-after MINUTES] [--part K/N]
+                                                    runs what has no row yet; no block: all
     python scripts/study.py --report                                writes the page from the rows there are
 
 A run is known by block, arm, seed and learning rate; seeds come before arms, so that what is there can always be
@@ -9,6 +10,7 @@ compared in pairs. Run directories lie under runs/study and go on where they wer
 
 import argparse
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
+matplotlib.rcParams["svg.hashsalt"] = "the same figure, the same file"
 HERE = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = HERE / "recipes/study", HERE / "docs/results", HERE / "runs/study"
 ROWS, CURVES, PAGE = RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS / "README.md"
@@ -76,8 +79,9 @@ def trials(study: Mapping[str, Any], blocks: Sequence[str]) -> Iterator[Trial]:
         block = study["blocks"][name]
         for seed in range(block["seeds"]):
             for arm in block["arms"]:
-                for rate in block.get("rates", [1e-3]):
-                    settings = {**block.get("set", {}), **study["arms"][arm]}
+                settings = {**block.get("set", {}), **study["arms"][arm]}
+                own = settings.pop("train.learning_rate", 1e-3)
+                for rate in block.get("rates", [own]):
                     yield Trial(name, arm, seed, rate, RECIPES / block["recipe"], settings)
 
 
@@ -88,12 +92,16 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Adds rows to a file in one write, so that several parts of the study can run at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not path.exists():
         writer.writeheader()
-        writer.writerows(rows)
+    writer.writerows(rows)
+    with path.open("a", newline="") as file:
+        file.write(text.getvalue())
 
 
 def run(trial: Trial) -> None:
@@ -111,15 +119,13 @@ def run(trial: Trial) -> None:
         round(summary["bytes_sent_per_peer"]), summary["recipe_digest"][:12],
         " ".join(f"{a:.4f}" for a in accuracy["per_peer"]),
     ), strict=True))  # fmt: skip
-    rows = [old for old in read(ROWS) if key_of(old) != trial.key]
-    write(ROWS, [*rows, row], COLUMNS)
     columns = ("block", "arm", "seed", "rate", "round", "loss", "relative_disagreement")
-    curves = [old for old in read(CURVES) if key_of(old) != trial.key]
-    new = [
+    curve = [
         dict(zip(columns, (*trial.key, line["round"], f"{line['loss']['mean']:.4f}", f"{far:.4g}"), strict=True))
         for line, far in zip(lines, apart, strict=True)
     ]
-    write(CURVES, [*curves, *new], columns)
+    append(CURVES, curve, columns)
+    append(ROWS, [row], COLUMNS)
 
 
 def key_of(row: Row) -> tuple[str, str, str, str]:
@@ -152,7 +158,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             told.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
             cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
             told.append(f"{np.mean(cost):.2f}" if cost else "–")
-            yield f"| {arm}{f' at {rate}' if rate else ''} | {len(found)} | {' | '.join(told)} |"
+            yield f"| {arm}{f' ({rate})' if rate else ''} | {len(found)} | {' | '.join(told)} |"
 
 
 def number(row: Row, name: str) -> float:
@@ -193,8 +199,11 @@ def main() -> None:
     asked.add_argument("blocks", nargs="*", choices=[*study["blocks"], []])
     asked.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run after so many minutes")
     asked.add_argument("--report", action="store_true", help="write the page and run nothing")
+    asked.add_argument("--part", default="1/1", metavar="K/N", help="run every N-th run alone, from the K-th on")
     given, start = asked.parse_args(), monotonic()
-    for trial in () if given.report else trials(study, given.blocks or list(study["blocks"])):
+    first, parts = map(int, given.part.split("/"))
+    planned = list(trials(study, given.blocks or list(study["blocks"])))[first - 1 :: parts]
+    for trial in () if given.report else planned:
         if trial.key in {key_of(row) for row in read(ROWS)}:
             continue
         if given.stop_after is not None and monotonic() - start > 60 * given.stop_after:

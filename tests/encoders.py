@@ -31,6 +31,7 @@ from dfl_lora.models.base import Base, load_encoder, locate, quiet
 from dfl_lora.models.placement import Lora, Placement, place, split
 from dfl_lora.models.toy import ToyModel
 from dfl_lora.peers import Peers
+from dfl_lora.roles import Role
 from dfl_lora.schedules import Schedule, ever_trained
 from dfl_lora.streams import numpy_stream, torch_stream
 
@@ -158,7 +159,8 @@ class Setting:
 
     @cached_property
     def placement(self) -> Placement:
-        return place(self.base.model, self.base.prefix, self.lora, head=self.objective == "classification")
+        lora = replace(self.lora, core="core" in self.schedule(1).trained)
+        return place(self.base.model, self.base.prefix, lora, head=self.objective == "classification")
 
     def peers(self, ids: Iterable[int] | None = None) -> Peers:
         """Returns the peers at their common start; ids None: all that have rows."""
@@ -231,5 +233,5 @@ def distances(one: Peers, other: Peers) -> dict[str, float]:
 
 def by_role(matrix: Tensor, peers: Peers, role: str) -> list[Tensor]:
     """Returns, for each peer, the numbers of one role."""
-    spans = peers.layout.spans([cast(Literal["A", "B", "head"], role)])
+    spans = peers.layout.spans([cast(Role, role)])
     return [torch.cat([row[s] for s in spans]) for row in matrix]

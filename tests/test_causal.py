@@ -79,7 +79,7 @@ def test_a_base_with_damaged_weights_is_told(tmp_path: Path) -> None:
         check_alike(learner.model, rows, [torch.full((13, 2), torch.nan)] * 2, learner.current)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("schedule", ["lora", "freeze_a"])
+@pytest.mark.parametrize("schedule", ["lora", "freeze_a", "core"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_the_engine_and_plain_peft_end_with_the_same_peers(family: str, schedule: str, tmp_path: Path) -> None:
     dtype, near = (torch.float32, 1e-5) if family in CAPPED else (torch.float64, 1e-10)

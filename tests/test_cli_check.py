@@ -15,6 +15,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "private head": ("method.head=private", "peers.topology=star"),
     "by turns, what is trained alone": ("method.schedule=alternating(mix=trained)", "train.rounds=3"),
     "shared A": ("method.schedule=share_a", "method.head=frozen"),
+    "core": ("method.schedule=core", "lora.init=orthonormal"),
     "the seed's order": ("train.order=seed", "train.rounds=3"),
     "some absent": ("peers.num_peers=5", "peers.topology=complete", "peers.participation=0.5", "train.rounds=5"),
     "some absent of seven": ("peers.num_peers=7", "peers.topology=link4", "peers.participation=0.5", "train.rounds=9"),

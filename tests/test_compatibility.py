@@ -32,6 +32,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("correction d2", "eigenvalues of -1/3 or less"): {
         "method": {"correction": "d2"}, "peers": {"topology": "edges(edges=[[0,1],[1,2],[2,3],[0,3]])", "num_peers": 4},
     },
+    ("lora.ranks", "combine other than product"): {"lora": {**TOY["lora"], "ranks": [1, 2, 2, 2, 2, 2, 2]}},
     ("combine product, fair or rotated", "a correction"): {"method": {"combine": "fair", "correction": "led"}},
     ("combine product, fair or rotated", "mixers of several exchanges"): {
         "method": {"combine": "product", "mixer": "chebyshev(k=2)"},
@@ -39,6 +40,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("combine product, fair or rotated", "schedules that share one factor"): {
         "method": {"combine": "rotated", "schedule": "alternating(mix=trained)"},
     },
+    ("schedule core", "lora.init kaiming"): {"method": {"schedule": "core"}},
     ("codec top_k or choco", "mixers of several exchanges"): {"method": {"codec": "top_k", "mixer": "chebyshev"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"codec": "choco", "correction": "k_gt"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "top_k", "correction": "led"}},
@@ -62,9 +64,11 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
+    ("lora.ranks", "combine other than product"): {"method": {"combine": "product"}},
     ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
     ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},
+    ("schedule core", "lora.init kaiming"): {"lora": {**TOY["lora"], "init": "orthonormal"}},
     ("codec top_k or choco", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
     ("codec top_k or choco", "correction k_gt"): {"method": {"correction": "quasi_global"}},
     ("codec top_k or choco", "correction led or d2"): {"method": {"codec": "int8"}},

@@ -116,11 +116,8 @@ def test_a_recipe_with_what_a_page_asks_for_can_run(page: str) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL)
     assert blocks
     for block in blocks:
-        preflight(
-            resolve(
-                merged(toy(peers={"num_peers": 7, "topology": "link3"}, train={"rounds": 25}), yaml.safe_load(block))
-            )
-        )
+        base = toy(peers={"num_peers": 7, "topology": "link3"}, train={"rounds": 25})
+        preflight(resolve(merged(base, yaml.safe_load(block))))
 
 
 @every_page

@@ -58,6 +58,26 @@ def test_rows_span_what_the_gradients_of_all_peers_span_best(schedule: str, lear
         assert torch.equal(adapter["classifier.weight"], drawn["classifier.weight"])
 
 
+@pytest.mark.parametrize("learner", ["stacked", "sequential"])
+def test_of_a_core_both_factors_span_what_the_gradients_of_all_peers_span_best(learner: str) -> None:
+    """B' G A' is nearly diagonal, the largest first, and has nearly all that r by r numbers can have of G."""
+    federation = build(recipe_of(method={"schedule": "core"}, train={"local": {"steps": LOOKS}}), learner=learner)
+    assert not federation.peers.x[:, federation.peers.layout.spans({"core"})[0]].any()
+    start_at_gradients(federation)
+    for row in range(len(federation.peers)):
+        adapter = federation.peers.adapter(row)
+        for name, gradient in dense(federation).items():
+            a, b = adapter[f"{name}.A"].double(), adapter[f"{name}.B"].double()
+            held = b.T @ gradient @ a.T
+            assert held.norm() > 0.9 * torch.linalg.svdvals(gradient)[:R].norm()
+            assert held.norm() > (1 - 1e-4) * (b.T @ gradient).norm()
+            assert (held - held.diagonal().diag()).norm() < 1e-4 * held.norm()
+            assert held[0, 0] > held[1, 1] > 0
+            for gram in (a @ a.T, b.T @ b):
+                assert torch.allclose(gram, torch.eye(R, dtype=torch.float64), atol=1e-6)
+            assert not adapter[f"{name}.core"].any()
+
+
 def test_nothing_but_the_start_is_changed() -> None:
     federation = build(recipe_of(train={"local": {"epochs": 1}}, method={"correction": "quasi_global"}))
     start_at_gradients(federation)
@@ -77,7 +97,7 @@ def test_passes_of_other_sizes_give_the_same_bits() -> None:
     assert torch.equal(alone.peers.common.flat, together.peers.common.flat)
 
 
-@pytest.mark.parametrize("schedule", ["freeze_a", "lora"])
+@pytest.mark.parametrize("schedule", ["freeze_a", "lora", "core"])
 def test_a_run_begins_there_goes_on_there_and_counts_what_it_sent(schedule: str, tmp_path: Path) -> None:
     recipe = recipe_of(method={"schedule": schedule}, train={"rounds": 3}, output={"checkpoint_every": 1})
     whole = run_recipe(recipe, tmp_path / "whole", [], resume=False, overwrite=False)

@@ -1,6 +1,7 @@
 """Combining in product space: against dense products, and against what each is to minimise."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dfl_lora.build import build
 from dfl_lora.combine import Inbox, mean
+from dfl_lora.errors import UserError
 from dfl_lora.mixing import Row
-from dfl_lora.products import COMBINES, lora_fair, product, rotated
+from dfl_lora.networks.memory import MemoryNetwork
+from dfl_lora.peers import Peers
+from dfl_lora.products import COMBINES, agreed, lora_fair, product, rotated
+from dfl_lora.reading import resolve
 from dfl_lora.recipe import MethodPart
+from dfl_lora.rounds import rounds
+from dfl_lora.simulate import run_recipe
 from dfl_lora.tensors import Layout, Tensors
+from tiny import text, toy
 
 R, D_IN, D_OUT = 2, 9, 7
 LAYOUT = Layout.of({"q.A": ("A", (R, D_IN)), "q.B": ("B", (D_OUT, R)), "head": ("head", (3,))})
@@ -130,3 +139,73 @@ def test_what_is_sent_without_its_other_factor_is_averaged(combine: Callable[[In
 
 def test_a_recipe_names_every_row() -> None:
     assert set(get_args(MethodPart.model_fields["combine"].annotation)) == set(COMBINES)
+
+
+def peers_of(values: list[Tensors], combine: str = "product") -> Peers:
+    nothing = Tensors(torch.zeros(0, dtype=torch.float64), Layout.of({}))
+    agreement = None if combine == "mean" else agreed
+    peers = Peers(range(len(values)), values[0], nothing, agreement=agreement)
+    for row, value in enumerate(values):
+        peers.x[row] = value.flat
+    return peers
+
+
+@pytest.mark.parametrize("rank", range(1, R + 1))
+def test_a_peer_of_a_lower_rank_keeps_it_and_has_the_best_product_of_it(rank: int) -> None:
+    own = drawn(0)
+    own["q.A"][rank:], own["q.B"][:, rank:] = 0, 0
+    inbox = inbox_of([own, drawn(1), drawn(2)])
+    found, (u, s, vt) = product(inbox), torch.linalg.svd(mean_product(inbox))
+    assert torch.allclose(of(found), u[:, :rank] * s[:rank] @ vt[:rank], atol=1e-10)
+    assert not found["q.A"][rank:].any() and not found["q.B"][:, rank:].any() and found["q.A"][:rank].all()
+
+
+def test_what_peers_agreed_on_is_the_best_of_the_mean_of_their_products() -> None:
+    """However each of them is turned, and if the first has a lower rank; what is no factor is averaged."""
+    values = [turn(drawn(seed), seed) for seed in range(4)]
+    values[0]["q.A"][1:], values[0]["q.B"][:, 1:] = 0, 0
+    found = Tensors(peers_of(values).consensus().x[0], LAYOUT)
+    u, s, vt = torch.linalg.svd(torch.stack([of(value) for value in values]).mean(0))
+    assert torch.allclose(of(found), u[:, :R] * s[:R] @ vt[:R], atol=1e-10)
+    assert torch.allclose(found["head"], torch.stack([value["head"] for value in values]).mean(0), atol=1e-12)
+    assert torch.equal(peers_of(values, "mean").agreed().flat, peers_of(values, "mean").mean().flat)
+
+
+def test_peers_of_different_ranks_train_agree_and_keep_them(tmp_path: Path) -> None:
+    ranks = [1, 3, 2]
+    lora = {"r": 3, "ranks": ranks, "target_modules": ["first", "second"]}
+    recipe = resolve(toy(lora=lora, method={"combine": "product"}, train={"rounds": 4}))
+    federation = build(recipe)
+    going = rounds(federation.peers, federation.method, federation.learner, MemoryNetwork())
+    assert next(record for record in going if record.round == 4).traffic.messages == 6
+    for row, rank in enumerate(ranks):
+        adapter = federation.peers.adapter(row)
+        for name in ("encoder.first", "encoder.second"):
+            a, b = adapter[f"{name}.A"], adapter[f"{name}.B"]
+            assert torch.linalg.matrix_rank(b @ a) == rank
+            assert not a[rank:].any() and not b[:, rank:].any()
+    summary = run_recipe(recipe, tmp_path / "run", [], resume=False, overwrite=False)
+    assert summary["relative_disagreement"] < 1 and summary["accuracy"]["consensus"] > 0
+    assert torch.equal(build(recipe, [2]).peers.x[0], build(recipe).peers.x[2])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        ([1, 3], "lora.ranks has 2 ranks for 3 peers; give one for each peer"),
+        ([1, 2, 2], "ranks must hold r, which is 3, as the largest"),
+        ([4, 3, 3], "ranks must hold r, which is 3, as the largest"),
+        ([0, 3, 3], "lora.ranks"),
+        ([], "ranks must hold r"),
+    ],
+)
+def test_ranks_that_are_none_of_these_peers_are_refused(ranks: list[int], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        resolve(toy(lora={"r": 3, "ranks": ranks, "target_modules": ["first"]}, method={"combine": "product"}))
+
+
+def test_the_consensus_adapter_says_how_it_was_made(model: Path, rows: Path, tmp_path: Path) -> None:
+    for combine, made in (("mean", ""), ("product", ": the best factors of the mean of their products")):
+        recipe = text(model, rows / "train.csv", rows / "validation.csv", method={"combine": combine})
+        run_recipe(resolve(recipe), tmp_path / combine, [], resume=False, overwrite=False)
+        assert f"# Consensus of all peers{made}\n" in (tmp_path / combine / "adapters/consensus/README.md").read_text()

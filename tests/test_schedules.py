@@ -23,6 +23,9 @@ def roles(*names: Role) -> Roles:
         ("share_a", "shared", roles("A", "B", "head"), roles("A", "head")),
         ("share_a", "private", roles("A", "B", "head"), roles("A")),
         ("share_a", "frozen", roles("A", "B"), roles("A")),
+        ("core", "shared", roles("core", "head"), roles("core", "head")),
+        ("core", "private", roles("core", "head"), roles("core")),
+        ("core", "frozen", roles("core"), roles("core")),
     ],
 )
 def test_a_schedule_trains_and_shares_what_its_name_says(

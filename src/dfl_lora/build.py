@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfl_lora import machine, schedules
+from dfl_lora import machine, products, schedules
 from dfl_lora.compatibility import check_method
 from dfl_lora.corrections.local import Local
 from dfl_lora.data import tasks
@@ -32,7 +32,6 @@ from dfl_lora.participation import absence
 from dfl_lora.peer_data import TOY_INPUTS, TOY_LABELS, Data, causal_data, text_data, toy_data
 from dfl_lora.peers import Peers
 from dfl_lora.preflight import TOY, check_attention, check_participation, check_toy, talks_of
-from dfl_lora.products import COMBINES
 from dfl_lora.recipe import Compute, Recipe
 from dfl_lora.rounds import Method
 from dfl_lora.streams import torch_stream
@@ -68,7 +67,6 @@ def build(
     recipe = recipe.model_copy(update={"compute": resolve_compute(recipe.compute, learner, recipe.train.dropout)})
     torch.set_num_threads(int(recipe.compute.threads))
     hosted = range(recipe.peers.num_peers) if ids is None else sorted(ids)
-    lora = Lora(**recipe.lora.model_dump())
     check_participation(recipe)
     check_toy(recipe)
     check_attention(recipe)
@@ -85,16 +83,20 @@ def build(
     topology, method = build_method(
         recipe, Local(lambda i: work.steps_of(data.peers.train[i]), work.rate_in, work.adaptive)
     )
+    trained = schedules.ever_trained(method.schedule, recipe.train.rounds)
+    lora = Lora(**recipe.lora.model_dump(exclude={"ranks"}), core="core" in trained)
     placement = place(base.model, base.prefix, lora, head=kind != "causal_lm")
     start = placement.start(base.model, recipe.train.seed, torch.float32)
     device = torch.device(recipe.compute.device)
     start = start.with_flat(start.flat.to(device))
-    own, common = split(start, schedules.ever_trained(method.schedule, recipe.train.rounds))
+    own, common = split(start, trained)
     vectors, memory = OPTIMIZERS[recipe.train.optimizer].state, method.memory
     store = resolve_store(recipe.compute, own.flat.nbytes * len(hosted) * (1 + len(vectors) + len(memory)))
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"store": store})})
     where = (folder or Path(gettempdir())) if store == "disk" else None
-    peers = Peers(hosted, own, common, optimizer=vectors, memory=memory, place=where)
+    ranks = [recipe.lora.ranks[i] for i in hosted] if recipe.lora.ranks else ()
+    agreement = None if recipe.method.combine == "mean" else products.agreed
+    peers = Peers(hosted, own, common, optimizer=vectors, memory=memory, place=where, ranks=ranks, agreement=agreement)
     export = export_of(recipe, files, base, placement, data.labels) if files else None
     trainer: Learner
     if learner == "stacked":
@@ -224,7 +226,7 @@ def build_method(recipe: Recipe, local: Local) -> tuple[Topology, Method]:
         weights,
         axes.correction.of(local),
         axes.mixer.of(topology(1), weights, recipe.train.rounds),
-        COMBINES[axes.combine],
+        products.COMBINES[axes.combine],
         axes.codec.of(recipe.train.seed),
     )
 

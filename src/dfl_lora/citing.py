@@ -56,6 +56,7 @@ CITED: Mapping[str, Mapping[str, Row]] = {
         "alternating": ("wang2025adflora", "wang2026tadlora"),
         "alternating(mix=trained)": ("chen2025rolora",),
         "share_a": ("guo2025fedsalora",),
+        "core": ("ponkshe2024lorasb", "singhal2025fedsb"),
     },
     "method.correction": {
         "none": "nothing is corrected",

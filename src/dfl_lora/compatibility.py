@@ -112,6 +112,11 @@ CLASHES: Sequence[Clash] = (
         "it diverges; set peers.mixing to lazy or laplacian, with mixer plain, or use correction led",
     ),
     Clash(
+        "lora.ranks", "combine other than product",
+        lambda r, t, w: r.lora.ranks is not None and r.method.combine != "product",
+        "others average factors row by row, which gives a peer rows that it has no room for; use combine product",
+    ),
+    Clash(
         "combine product, fair or rotated", "a correction",
         lambda r, t, w: r.method.combine != "mean" and r.method.correction.kind != "none",
         "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",
@@ -125,6 +130,11 @@ CLASHES: Sequence[Clash] = (
         "combine product, fair or rotated", "schedules that share one factor",
         lambda r, t, w: r.method.combine != "mean" and not both_shared(r),
         "products need A and B in one message, and with a common A the mean is exact; use combine mean",
+    ),
+    Clash(
+        "schedule core", "lora.init kaiming",
+        lambda r, t, w: r.method.schedule.kind == "core" and r.lora.init == "kaiming",
+        "both factors stay as they start, so both start orthonormal; use init orthonormal or gradient_svd",
     ),
     Clash(
         "codec top_k or choco", "mixers of several exchanges",

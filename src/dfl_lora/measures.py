@@ -7,7 +7,9 @@ relative_disagreement the latter over sum_layers ||mean_j B_j A_j||_F.
 Few peers need no d x d matrix. With dB = B_i - B_bar and dA = A_i - A_bar,
     B_i A_i - B_bar A_bar = [dB, B_bar] [A_i; dA] = L_i R_i,
 whose factors are as small as the difference itself, so that Gram matrices <L_i R_i, L_j R_j> =
-tr((L_i' L_j) (R_j R_i')) lose no digits where peers nearly agree. All in float64.
+tr((L_i' L_j) (R_j R_i')) lose no digits where peers nearly agree. All in float64. Of a
+product B C A (`models.core`) with common B = Q_b R_b and A' = Q_a R_a the norms are those of R_b (C R_a'), r rows and
+columns of each.
 
 Where these [2 r N, 2 r N] would be larger than one d_out x d_in matrix, that matrix is formed instead, once, and peers
 are gone through in blocks: with D_i = L_i R_i and D_bar its mean over peers,
@@ -37,11 +39,19 @@ class Consensus:
 
 
 def factors(peers: Peers) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (A [N or 1, r, d_in], B [N or 1, d_out, r]) of each module."""
+    """Yields (A [N or 1, r, d_in], B [N or 1, d_out, r]) of each module; with a core, factors of the same norms."""
     names = (*peers.common.layout.by_name, *peers.layout.by_name)
-    for name in names:
-        if name.endswith(".A"):
-            yield peers.stacked(name), peers.stacked(name.removesuffix(".A") + ".B")
+    for path in (name.removesuffix(".A") for name in names if name.endswith(".A")):
+        a, b = peers.stacked(f"{path}.A"), peers.stacked(f"{path}.B")
+        if f"{path}.core" in names:
+            a, b = peers.stacked(f"{path}.core").double() @ triangle(a.mT).mT, triangle(b)
+        yield a, b
+
+
+def triangle(m: Tensor) -> Tensor:
+    """Returns R of m = Q R, in float64."""
+    r: Tensor = torch.linalg.qr(m.double(), mode="r").R
+    return r
 
 
 def consensus(modules: Iterable[tuple[Tensor, Tensor]], num_peers: int) -> Consensus:

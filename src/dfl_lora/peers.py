@@ -5,7 +5,7 @@ Local steps, mixing and checkpoints act on these matrices in place, so nothing i
 The tensors that no round trains (the frozen A of DFL-LoRA, a frozen head) are one common copy.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -18,7 +18,7 @@ from dfl_lora.store import zeros
 from dfl_lora.tensors import Layout, Tensors
 
 STEPS = len(ROLES)
-"""counters[:3] are the optimiser's steps on A, B and head; counters[3] is the number of batches read."""
+"""counters[:STEPS] are the optimiser's steps on each role; counters[STEPS] is the number of batches read."""
 
 BEGIN_AT_X = frozenset({"start", "replica"})
 """Vectors of the memory that begin at the start of all peers; the others begin at zero."""
@@ -56,14 +56,19 @@ class Peers(Sequence[Peer]):
         optimizer: Iterable[str] = (),
         memory: Iterable[str] = (),
         place: Path | None = None,
+        ranks: Sequence[int] = (),
+        agreement: "Callable[[Peers], Tensors] | None" = None,
     ) -> None:
         """All start at the same adapter `start` [P]; `common` holds the frozen tensors of all.
 
-        The matrices lie in memory, or in files of the folder `place`.
+        The matrices lie in memory, or in files of the folder `place`. With `ranks` each peer's A begins with so many
+        rows, and zeros, which no gradient moves. `agreement` is what all agreed on, the mean if it is not given.
         """
         self.ids = tuple(ids)
         self.layout: Layout = start.layout
         self.common = common
+        self.ranks = ranks
+        self.agreement = agreement or Peers.mean
         kind = (len(self.ids), start.layout.size, start.flat.dtype, start.flat.device)
         self.x = zeros(place, *kind)  # [N, P]
         self.optimizer = {name: zeros(place, *kind) for name in optimizer}
@@ -74,6 +79,10 @@ class Peers(Sequence[Peer]):
     def begin_at(self, start: Tensors, common: Tensors) -> None:
         """Puts all peers at an adapter `start` [P], and what is common and frozen at `common`."""
         self.x.copy_(start.flat)
+        for row, rank in enumerate(self.ranks):
+            for e in self.layout.entries:
+                if e.role == "A":
+                    self.x[row, e.start : e.stop].view(e.shape)[rank:] = 0
         for name in BEGIN_AT_X & self.memory.keys():
             self.memory[name].copy_(start.flat)
         self.common.flat.copy_(common.flat)
@@ -105,9 +114,13 @@ class Peers(Sequence[Peer]):
         return self.x[:, e.start : e.stop].view(len(self), *e.shape)
 
     def adapter(self, row: int | None) -> dict[str, Tensor]:
-        """Returns every adapter tensor by name, of one row or (None) of the consensus: the mean over peers."""
-        flat = self.mean() if row is None else Tensors(self.x[row], self.layout)
+        """Returns every adapter tensor by name, of one row or (None) of the consensus."""
+        flat = self.agreed() if row is None else Tensors(self.x[row], self.layout)
         return {**dict(self.common.items()), **dict(flat.items())}
+
+    def agreed(self) -> Tensors:
+        """Returns the consensus: the mean over peers, where nothing else was said."""
+        return self.agreement(self)
 
     def mean(self) -> Tensors:
         """Returns the mean over peers, summed in float64 with no such copy of all of x."""
@@ -122,5 +135,5 @@ class Peers(Sequence[Peer]):
         return {"x": self.x, "counters": self.counters, **named}
 
     def consensus(self, ids: Iterable[int] = (-1,)) -> "Peers":
-        """Returns a peer (or several, with these ids) at the mean of all: what the federation agreed on."""
-        return Peers(ids, self.mean(), self.common)
+        """Returns a peer (or several, with these ids) at what the federation agreed on."""
+        return Peers(ids, self.agreed(), self.common)

@@ -2,7 +2,7 @@
 
 Averaging A and B apart gives B_bar A_bar and not the mean product P = sum_j w_j B_j A_j, the own one (w_i) included.
 
-    product  the best rank-r factors of P, turned towards the own A. P is never formed: with the thin factors
+    product  the best factors of P of the own rank r, turned towards the own A. P is never formed: with the thin factors
              [w_1 B_1 ... w_k B_k] = Q_b R_b and [A_1' ... A_k'] = Q_a R_a, P = Q_b (R_b R_a') Q_a', whose core is
              [k r, k r]; its truncated SVD U S V' gives A+ = t R V' and B+ = U S R' / t, with t = ||A_i||_F / sqrt(r)
              and R the rotation that brings A+ nearest to A_i (Procrustes), since Adam's moments belong to these
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dfl_lora.combine import Combine, Inbox, mean
+from dfl_lora.peers import Peers
 from dfl_lora.tensors import Tensors
 
 
@@ -68,17 +69,24 @@ def by_module(solve: Solve) -> Callable[[Inbox], Tensors]:
 
 
 def truncated(f: Factors) -> tuple[Tensor, Tensor]:
-    """Returns the best factors of the mean product, turned towards the own A; the own ones where it is zero."""
-    r = f.a[0].shape[0]
+    """Returns the best factors of the mean product of the own rank, turned towards the own A; if it is zero, that A."""
+    r = rank_of(f.a[0])
+    a, b = torch.zeros_like(f.a[0]), torch.zeros_like(f.b[0])
     q_b, r_b = torch.linalg.qr(torch.cat([w * b for w, b in zip(f.weights, f.b, strict=True)], dim=1))  # [d_out, k r]
     q_a, r_a = torch.linalg.qr(torch.cat([a.T for a in f.a], dim=1))  # [d_in, k r]
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     if not s[0] > 0:
-        return f.a[0], torch.zeros_like(f.b[0])
+        return f.a[0], b
     rows = (q_a @ vt[:r].T).T  # [r, d_in], orthonormal
     scale = f.a[0].norm() / r**0.5
-    rotation = polar(f.a[0] @ rows.T)
-    return scale * rotation @ rows, (q_b @ (u[:, :r] * s[:r])) @ rotation.T / scale
+    rotation = polar(f.a[0][:r] @ rows.T)
+    a[:r], b[:, :r] = scale * rotation @ rows, (q_b @ (u[:, :r] * s[:r])) @ rotation.T / scale
+    return a, b
+
+
+def rank_of(a: Tensor) -> int:
+    """Returns the number of rows of A before those that are zero: peers may have ranks below the layout's."""
+    return int(a.any(1).sum())
 
 
 def fair(f: Factors) -> tuple[Tensor, Tensor]:
@@ -103,6 +111,22 @@ def polar(m: Tensor) -> Tensor:
     u, _, vt = torch.linalg.svd(m)
     nearest: Tensor = u @ vt
     return nearest
+
+
+def agreed(peers: Peers) -> Tensors:
+    """Returns the best factors of the mean over peers of the products, and the mean of what is no factor.
+
+    Where factors were turned, or have ranks of their own, the product of their means is not what peers agree on.
+    """
+    result, size = peers.mean(), len(peers)
+    for name in (e.name for e in peers.layout.entries if e.role == "A"):
+        a, b = (peers.stacked(name.removesuffix(".A") + factor).double() for factor in (".A", ".B"))
+        first = max(range(size), key=lambda row: rank_of(a[row]))  # a peer of the full rank says what they are near to
+        order = [first, *(row for row in range(size) if row != first)]
+        solved = truncated(Factors([1.0 / size] * size, list(a[order]), list(b[order])))
+        for factor, value in zip((".A", ".B"), solved, strict=True):
+            result[name.removesuffix(".A") + factor].copy_(value)
+    return result
 
 
 product, lora_fair, rotated = by_module(truncated), by_module(fair), by_module(turned)

@@ -80,6 +80,8 @@ class LoraPart(Part):
 
     r: Positive = 8
     """The rank."""
+    ranks: list[Positive] | None = None
+    """The rank of each peer where they differ; r is the largest, and B A is scaled by alpha / r for all."""
     lora_alpha: PositiveFloat = 16
     """The product B A is scaled by alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
@@ -96,6 +98,8 @@ class LoraPart(Part):
 
     @model_validator(mode="after")
     def check(self) -> Self:
+        if self.ranks is not None and (not self.ranks or max(self.ranks) != self.r):
+            raise ValueError(f"ranks must hold r, which is {self.r}, as the largest; a peer's rank is a part of it")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules to be a list of names, as in PEFT")
         return self
@@ -341,6 +345,14 @@ class Recipe(Part):
     output: Output = Output()
     digest: str | None = None
     """Written by a run. Where it is given, it must be the recipe's own."""
+
+    @model_validator(mode="after")
+    def check_ranks(self) -> Self:
+        """Raises where not every peer has a rank."""
+        if self.lora.ranks is not None and len(self.lora.ranks) != self.peers.num_peers:
+            given = len(self.lora.ranks)
+            raise ValueError(f"lora.ranks has {given} ranks for {self.peers.num_peers} peers; give one for each peer")
+        return self
 
     @model_validator(mode="after")
     def check_causal(self) -> Self:

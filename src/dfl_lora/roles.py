@@ -2,6 +2,6 @@
 
 from typing import Literal
 
-Role = Literal["A", "B", "head"]
-ROLES: tuple[Role, ...] = ("A", "B", "head")
+Role = Literal["A", "B", "core", "head"]
+ROLES: tuple[Role, ...] = ("A", "B", "core", "head")
 Roles = frozenset[Role]

@@ -240,7 +240,7 @@ class Running:
         """
         f = self.federation
         tables = {id(f.data.peers.validation[i].source): i for i in reversed(f.peers.ids)}
-        ids, mean = sorted(tables.values()), f.peers.mean()
+        ids, mean = sorted(tables.values()), f.peers.agreed()
         known = self.answers and all(torch.equal(peer.adapter.flat, mean.flat) for peer in f.peers)
         answers = self.answers if known else f.learner.evaluate(f.peers.consensus(ids))
         return Answers.pooled([answers[i] for i in ids])
@@ -260,7 +260,8 @@ class Running:
     def write_consensus(self) -> None:
         f = self.federation
         if f.export is not None:
-            f.export.write(self.run / "adapters" / "consensus", f.peers.adapter(None), "Consensus of all peers")
+            made = "" if f.recipe.method.combine == "mean" else ": the best factors of the mean of their products"
+            f.export.write(self.run / "adapters" / "consensus", f.peers.adapter(None), f"Consensus of all peers{made}")
 
     def write_end(self, summary: Line) -> None:
         """Writes the summary and the report, and tells the observers."""

@@ -9,6 +9,7 @@ alternating  phases of `period` rounds train B alone, then A alone (B first: whi
              mix=trained only the one that is trained (RoLoRA arXiv 2502.01755): what mixing left of the other's
              differences stays until its turn.
 share_a      FedSA: both factors are trained, A alone is shared; B stays with its peer.
+core         B C A with common and frozen A and B: C [r, r] alone is trained and shared (models/core.py).
 The head is shared (trained and mixed), private (trained, never leaves) or frozen.
 """
 
@@ -20,7 +21,7 @@ from dfl_lora.choices import Positive
 from dfl_lora.roles import Roles
 
 Head = Literal["shared", "private", "frozen"]
-A, B = Roles({"A"}), Roles({"B"})
+A, B, CORE = Roles({"A"}), Roles({"B"}), Roles({"core"})
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,17 @@ def share_a(head: Head) -> Schedule:
     return lambda t: phase(t, A | B, A, head)
 
 
+def core(head: Head) -> Schedule:
+    """Trains and shares the [r, r] matrix between two common and frozen factors, so products mix exactly."""
+    return lambda t: phase(t, CORE, CORE, head)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "lora": lora,
     "freeze_a": freeze_a,
     "alternating": alternating,
     "share_a": share_a,
+    "core": core,
 }
 
 

@@ -1,7 +1,7 @@
 """Named tensors over one flat vector.
 
 Everything that travels, is mixed, measured or saved is one flat vector with a layout (name -> place and
-shape). Entries are ordered by role (A, then B, then head), so that the roles a phase shares are one
+shape). Entries are ordered by role (A, B, core, head), so that the roles a phase shares are one
 contiguous slice in every schedule but one, and selecting them copies nothing.
 """
 

@@ -19,6 +19,8 @@ LAYOUT = Layout.of(
         "q.B": ("B", (3, 2)),
         "v.A": ("A", (1, 3)),
         "v.B": ("B", (5, 1)),
+        "q.core": ("core", (2, 2)),
+        "v.core": ("core", (1, 1)),
         "head": ("head", (2, 3)),
     }
 )
@@ -32,7 +34,8 @@ def random_peers() -> RandomPeers:
 
     def build(method: Method) -> Peers:
         trained = ever_trained(method.schedule, 8)
-        start = Tensors(torch.zeros(LAYOUT.size, dtype=torch.float64), LAYOUT)
+        layout = LAYOUT.restrict(frozenset(ROLES) if "core" in trained else frozenset(ROLES) - {"core"})
+        start = Tensors(torch.zeros(layout.size, dtype=torch.float64), layout)
         frozen = start.select(frozenset(ROLES) - trained)
         common = frozen.with_flat(torch.randn(frozen.flat.shape, generator=torch_stream(1), dtype=torch.float64))
         peers = Peers(range(NUM_PEERS), start.select(trained), common, memory=method.memory)

@@ -22,7 +22,7 @@ from dfl_lora.rounds import Method, Traffic, mix, mix_at_once
 from dfl_lora.schedules import SCHEDULES, Schedule
 from dfl_lora.tensors import Layout, Tensors
 
-LAYOUT = Layout.of({"q.A": ("A", (2, 9)), "q.B": ("B", (5, 2)), "head": ("head", (3, 7))})
+LAYOUT = Layout.of({"q.A": ("A", (2, 9)), "q.B": ("B", (5, 2)), "q.core": ("core", (2, 2)), "head": ("head", (3, 7))})
 SHARED = {name: SCHEDULES[name]("shared") for name in SCHEDULES}
 
 

@@ -25,7 +25,8 @@ from dfl_lora.tensors import Layout, Tensors
 from dfl_lora.topologies import base, one_peer_exponential
 from quadratics import Quadratics
 
-LAYOUT = Layout.of({"q.A": ("A", (2, 4)), "q.B": ("B", (3, 2)), "head": ("head", (5,))})
+FACTORS = Layout.of({"q.A": ("A", (2, 4)), "q.B": ("B", (3, 2)), "head": ("head", (5,))})
+CORE = Layout.of({"q.A": ("A", (2, 4)), "q.B": ("B", (3, 2)), "q.core": ("core", (2, 2)), "head": ("head", (5,))})
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -42,10 +43,12 @@ def method_on(name: str, num_peers: int = 7, schedule: str = "lora") -> Method:
     return Method(SCHEDULES[schedule]("shared"), topology, mixing=weights)
 
 
-def drawn(num_peers: int, dtype: torch.dtype = torch.float64, memory: Sequence[str] = ()) -> Peers:
+def drawn(
+    num_peers: int, dtype: torch.dtype = torch.float64, memory: Sequence[str] = (), layout: Layout = FACTORS
+) -> Peers:
     """Peers of random numbers."""
     nothing = Tensors(torch.zeros(0, dtype=dtype), Layout.of({}))
-    peers = Peers(range(num_peers), Tensors(torch.zeros(LAYOUT.size, dtype=dtype), LAYOUT), nothing, memory=memory)
+    peers = Peers(range(num_peers), Tensors(torch.zeros(layout.size, dtype=dtype), layout), nothing, memory=memory)
     peers.x.copy_(torch.randn(peers.x.shape, generator=torch.Generator().manual_seed(7), dtype=dtype))
     return peers
 
@@ -66,7 +69,7 @@ def mixed(peers: Peers, method: Method, rounds: range, network: object = None) -
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_mean_stays_in_every_round(name: str, schedule: str) -> None:
     method = method_on(name, schedule=schedule)
-    peers = drawn(size(method))
+    peers = drawn(size(method), layout=CORE if schedule == "core" else FACTORS)
     mean = peers.x.mean(0)
     for t in range(1, 13):
         mixed(peers, method, range(t, t + 1))

@@ -159,7 +159,7 @@ def test_roles_that_a_phase_does_not_train_are_left_alone_by_both_shifts() -> No
             assert torch.equal(peers.x[:, span], start[:, span]) == (e.role != "B")
             assert bool(peers.memory["gradient_mean"][:, span].any()) == (e.role == "B")
             assert bool(peers.optimizer["exp_avg"][:, span].any()) == (e.role == "B")
-        assert peers.counters.tolist() == [[0, 2, 0, 2]] * 3
+        assert peers.counters.tolist() == [[0, 2, 0, 0, 2]] * 3
 
 
 def test_memory_is_absent_unless_declared() -> None:

@@ -62,6 +62,10 @@ CASES = {
     "bert, all linear modules, rank-stabilised": Case("bert", "all-linear", "freeze_a", "private", rslora=True),
     "bert, frozen head": Case("bert", ("query", "value"), head="frozen"),
     "bert, LoRA on the head": Case("bert", ("query", "classifier"), "freeze_a"),
+    "bert, core": Case("bert", ("query", "value"), "core"),
+    "distilbert, the seed's targets, core": Case(
+        "distilbert", SEED_TARGETS, "core", saved=("classifier", "pre_classifier")
+    ),
     "roberta": Case("roberta", ("query", "value"), saved=("classifier.dense", "classifier.out_proj")),
     "roberta, LoRA on one module of the head": Case(
         "roberta", ("query", "out_proj"), rslora=True, saved=("classifier.dense", "classifier.out_proj")

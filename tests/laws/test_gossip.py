@@ -19,6 +19,7 @@ from dfl_lora.graphs import GRAPHS, Graph, complete
 from dfl_lora.measures import consensus, factors
 from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import Row, matrix, metropolis, rho
+from dfl_lora.models.core import folded
 from dfl_lora.networks import Arrived, Network
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
@@ -36,6 +37,8 @@ LOCAL = Local(lambda i: 3, lambda t: 0.1, False)
 
 every_graph = pytest.mark.parametrize("graph", SEVEN.values(), ids=SEVEN)
 every_schedule = pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+every_exact = pytest.mark.parametrize("schedule", ["freeze_a", "core"])
+"""Schedules whose products are linear in what is shared."""
 every_head = pytest.mark.parametrize("head", HEADS)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
 METHODS = [(mixer, "none") for mixer in MIXERS] + [
@@ -114,8 +117,10 @@ def columns(peers: Peers, roles: frozenset[str]) -> Tensor:
 
 
 def products(peers: Peers) -> list[Tensor]:
-    """B_i A_i [N, d_out, d_in] of each module."""
-    return [b @ a for a, b in factors(peers)]
+    """B_i A_i, or B C_i A, [N, d_out, d_in] of each module."""
+    names = (*peers.common.layout.by_name, *peers.layout.by_name)
+    tensors = folded({name: peers.stacked(name) for name in names})
+    return [tensors[f"{name[:-2]}.B"] @ a for name, a in tensors.items() if name.endswith(".A")]
 
 
 @every_case
@@ -206,10 +211,13 @@ def test_a_complete_graph_gives_the_plain_average(
 
 
 @every_graph
+@every_exact
 @every_head
-def test_freeze_a_mixes_products_exactly(random_peers: RandomPeers, graph: Graph, head: Head) -> None:
-    """sum_j w_ij (B_j A) = (sum_j w_ij B_j) A."""
-    method = make("freeze_a", head, graph)
+def test_common_factors_mix_products_exactly(
+    random_peers: RandomPeers, graph: Graph, schedule: str, head: Head
+) -> None:
+    """sum_j w_ij (B_j A) = (sum_j w_ij B_j) A, and sum_j w_ij (B C_j A) = B (sum_j w_ij C_j) A."""
+    method = make(schedule, head, graph)
     peers = random_peers(method)
     w = torch.from_numpy(matrix(graph, metropolis))
     expected = [torch.einsum("ij,jod->iod", w, p) for p in products(peers)]
@@ -219,12 +227,13 @@ def test_freeze_a_mixes_products_exactly(random_peers: RandomPeers, graph: Graph
 
 
 @every_case
-def test_freeze_a_mixes_products_as_if_they_were_exchanged(
-    random_peers: RandomPeers, graph: Graph, mixer: str, correction: str
+@every_exact
+def test_common_factors_mix_products_as_if_they_were_exchanged(
+    random_peers: RandomPeers, graph: Graph, mixer: str, correction: str, schedule: str
 ) -> None:
-    method = make("freeze_a", "frozen", graph, mixer, correction)
-    peers = random_peers(method)
-    layout = Layout.of({str(k): ("B", tuple(p.shape[1:])) for k, p in enumerate(products(peers))})
+    method = make(schedule, "frozen", graph, mixer, correction)
+    peers, (role,) = random_peers(method), method.schedule(1).shared
+    layout = Layout.of({str(k): (role, tuple(p.shape[1:])) for k, p in enumerate(products(peers))})
     nothing = Tensors(torch.zeros(0), Layout.of({}))
     start = Tensors(torch.zeros(layout.size, dtype=torch.float64), layout)
     whole = Peers(range(7), start, nothing, memory=method.correction.memory)
@@ -236,16 +245,17 @@ def test_freeze_a_mixes_products_as_if_they_were_exchanged(
 
 
 @every_case
+@every_exact
 @every_head
-def test_freeze_a_has_one_consensus_error(
-    random_peers: RandomPeers, graph: Graph, head: Head, mixer: str, correction: str
+def test_common_factors_have_one_consensus_error(
+    random_peers: RandomPeers, graph: Graph, schedule: str, head: Head, mixer: str, correction: str
 ) -> None:
     """consensus_error == product_disagreement, since B_bar A is the mean product.
 
     To half the digits of float64: a peer that lies at the mean (peer 5 of link6 hears everyone) is a square root of
     what cancels.
     """
-    method = make("freeze_a", head, graph, mixer, correction)
+    method = make(schedule, head, graph, mixer, correction)
     peers = random_peers(method)
     for t in range(1, 4):
         found = consensus(factors(peers), 7)

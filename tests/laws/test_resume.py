@@ -74,6 +74,9 @@ RECIPES = {
         peers__num_peers=5, peers__topology="random_matching(seed=3)", method__correction="k_gt", train__order="seed",
         train__shuffle=False,
     ),
+    "core": recipe_of(
+        method__schedule="core", lora__init="gradient_svd", method__correction="k_gt", method__codec="int8",
+    ),
     "graphs in turn": recipe_of(peers__topology="base(k=1)"),
 }  # fmt: skip
 
@@ -288,4 +291,4 @@ def test_a_checkpoint_is_loaded_into_the_peers_it_was_taken_of_and_no_others(sto
     assert checkpoint is not None
     assert checkpoint.round == 3
     assert (federation.peers.x != start).any(1).all()
-    assert federation.peers.counters.tolist() == [[6, 6, 6, 6]] * 3
+    assert federation.peers.counters.tolist() == [[6, 6, 0, 6, 6]] * 3

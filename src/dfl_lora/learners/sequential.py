@@ -71,6 +71,9 @@ class SequentialLearner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.peft = get_peft_model(self.model, config).eval().to(self.device)
+        for path in self.placement.modules if lora.core else ():
+            layer = self.peft.get_submodule(f"base_model.model.{path}").lora_B
+            layer["default"] = nn.Sequential(nn.Linear(lora.r, lora.r, bias=False), layer["default"]).to(self.device)
         self.draw = Draw()
         for name, module in list(self.peft.named_modules()):
             if isinstance(module, nn.Dropout):
@@ -80,10 +83,11 @@ class SequentialLearner:
         self.parameters = {name: self.peft.get_parameter(self.path_of(name)) for name in self.placement.layout.by_name}
 
     def path_of(self, name: str) -> str:
-        for factor in ("A", "B"):
-            if name.endswith(f".{factor}"):
-                return f"base_model.model.{name[:-2]}.lora_{factor}.default.weight"
-        return f"base_model.model.{name}"
+        """Returns PEFT's name of a parameter; a core is a layer of its own below B."""
+        path, _, part = name.rpartition(".")
+        b = "lora_B.default.1" if self.placement.lora.core else "lora_B.default"
+        places = {"A": "lora_A.default", "B": b, "core": "lora_B.default.0"}
+        return f"base_model.model.{path}.{places[part]}.weight" if part in places else f"base_model.model.{name}"
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

@@ -24,6 +24,7 @@ from dfl_lora.learners.objectives import OBJECTIVES, Outcome
 from dfl_lora.learners.optimizers import OPTIMIZERS
 from dfl_lora.learners.work import LocalWork, PeerData
 from dfl_lora.metrics import Answers
+from dfl_lora.models.core import folded
 from dfl_lora.models.layers import Pass
 from dfl_lora.models.packing import Packing, filled
 from dfl_lora.models.reading import install
@@ -167,7 +168,7 @@ class StackedLearner:
             packing = Packing(whole, widths, self.device, self.dtype, lengths)
             columns = [{name: b.padded()[name].flatten(0, 1) for name in b.inputs} for b in batches]
             inputs = packing.inputs(columns, batches[0].pads)
-        self.current.packing, self.current.tensors, self.current.view = packing, tensors, "tokens"
+        self.current.packing, self.current.tensors, self.current.view = packing, folded(tensors), "tokens"
         kept = self.kept if self.packed else None
         self.current.below = kept.get(batches, packing) if kept else None
         outcome = OBJECTIVES[self.objective](self.model, inputs, batches, self.current)

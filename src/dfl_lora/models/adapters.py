@@ -23,6 +23,7 @@ from transformers import (
 from dfl_lora.errors import UserError
 from dfl_lora.files import new_folder
 from dfl_lora.models.base import Base, Files
+from dfl_lora.models.core import folded
 from dfl_lora.models.placement import Placement
 
 CAUSAL = "CAUSAL_LM"
@@ -62,7 +63,7 @@ class Export:
 
     def tensors(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns an adapter under PEFT's names, LoRA folded into the modules that travel whole."""
-        result, scaling = dict(self.fixed), self.placement.lora.scaling
+        result, scaling, adapter = dict(self.fixed), self.placement.lora.scaling, folded(adapter)
         for path in self.placement.modules:
             a, b = adapter[f"{path}.A"].cpu(), adapter[f"{path}.B"].cpu()
             if f"{path}.weight" in self.fixed:

@@ -33,6 +33,8 @@ class Lora:
     use_rslora: bool = False
     init: str = "kaiming"
     layers_to_transform: Sequence[int] | None = None
+    core: bool = False
+    """Whether a product is B C A, with a core C [r, r] between the factors (`models.core`)."""
 
     @property
     def scaling(self) -> float:
@@ -54,6 +56,11 @@ def orthonormal(r: int, d_in: int, generator: torch.Generator) -> Tensor:
     return rows.float()
 
 
+def columns(d_out: int, r: int, generator: torch.Generator) -> Tensor:
+    """Returns B [d_out, r] with orthonormal columns, or rows where it has fewer of them."""
+    return orthonormal(r, d_out, generator).T if r <= d_out else orthonormal(d_out, r, generator)
+
+
 INITS = {"kaiming": kaiming, "orthonormal": orthonormal, "gradient_svd": orthonormal}
 """How A is drawn; under gradient_svd it is then turned to the gradients (`gradient_start`)."""
 
@@ -70,18 +77,22 @@ class Placement:
 
     @property
     def layout(self) -> Layout:
-        """The layout of everything an adapter holds: `path.A`, `path.B` and the head's parameters."""
+        """The layout of everything an adapter holds: `path.A`, `path.B`, perhaps `path.core`, and the head's."""
         shapes: dict[str, tuple[Role, Shape]] = {}
         for path, (d_in, d_out) in self.modules.items():
             shapes[f"{path}.A"] = ("A", (self.lora.r, d_in))
             shapes[f"{path}.B"] = ("B", (d_out, self.lora.r))
+            if self.lora.core:
+                shapes[f"{path}.core"] = ("core", (self.lora.r, self.lora.r))
         return Layout.of(shapes | {name: ("head", shape) for name, shape in self.head.items()})
 
     def start(self, model: nn.Module, seed: int, dtype: torch.dtype) -> Tensors:
-        """Returns the common start: A drawn from the run seed as `lora.init` says, B = 0."""
+        """Returns the start of all: A drawn from the run seed as `lora.init` says, B = 0; or B drawn and its core 0."""
         start = Tensors(torch.zeros(self.layout.size, dtype=dtype), self.layout)
-        for path, (d_in, _) in self.modules.items():
+        for path, (d_in, d_out) in self.modules.items():
             start[f"{path}.A"].copy_(INITS[self.lora.init](self.lora.r, d_in, torch_stream(seed, "A", path)))
+            if self.lora.core:
+                start[f"{path}.B"].copy_(columns(d_out, self.lora.r, torch_stream(seed, "B", path)))
         for name in self.head:
             start[name].copy_(model.get_parameter(name).detach())
         return start

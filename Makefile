@@ -37,8 +37,8 @@ demo-network: .venv ## recipes/demo.yaml, shortened, as seven processes that tal
 	$(BIN)/dfl-lora up recipes/demo.yaml --set name=demo-network --set train.rounds=10 --set evaluate.every=5 --out runs/demo-network --overwrite
 	@$(BIN)/dfl-lora status runs/demo-network/peer-000/node/node.yaml
 
-test: .venv ## the fast suite, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=5
+test: .venv ## the fast suite on two cores, with coverage
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --durations=5
 	@$(BIN)/coverage report --include='$(CORE)' --fail-under=100 > /dev/null || { echo "The core must be covered whole:"; $(BIN)/coverage report --include='$(CORE)'; exit 1; }
 
 test-slow: .venv ## the rest

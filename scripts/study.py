@@ -144,21 +144,21 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     """Yields the table of each block: paired with the server where there are both."""
     for block in dict.fromkeys(row["block"] for row in rows):
         own = [row for row in rows if row["block"] == block]
-        rates = len({row["rate"] for row in own}) > 1
-        arms = dict.fromkeys((row["arm"], row["rate"] if rates else "") for row in own)
-        by = {key: {r["seed"]: r for r in own if (r["arm"], r["rate"] if rates else "") == key} for key in arms}
+        tried = {arm: {row["rate"] for row in own if row["arm"] == arm} for arm in {row["arm"] for row in own}}
+        told = [(row["arm"], row["rate"] if len(tried[row["arm"]]) > 1 else "") for row in own]
+        by = {key: {r["seed"]: r for r, k in zip(own, told, strict=True) if k == key} for key in dict.fromkeys(told)}
         lora, server = by.get(("lora", ""), {}), by.get(("server", ""), {})
         yield f"\n## {block}\n"
         yield "| arm | seeds | mean | worst peer | consensus | minus server | late disagreement | bytes / lora's |"
         yield "|---|---|---|---|---|---|---|---|"
         for (arm, rate), found in by.items():
-            told = [interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")]
+            cells = [interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")]
             both = [seed for seed in found if seed in server] if arm != "server" else []
-            told.append(interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–")
-            told.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
+            cells.append(interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–")
+            cells.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
             cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
-            told.append(f"{np.mean(cost):.2f}" if cost else "–")
-            yield f"| {arm}{f' ({rate})' if rate else ''} | {len(found)} | {' | '.join(told)} |"
+            cells.append(f"{np.mean(cost):.2f}" if cost else "–")
+            yield f"| {arm}{f' ({rate})' if rate else ''} | {len(found)} | {' | '.join(cells)} |"
 
 
 def number(row: Row, name: str) -> float:

@@ -19,8 +19,8 @@ from dfl_lora.data.answers import final_number
 from dfl_lora.data.prompts import question_tokens, text_tokens, turns_tokens
 from dfl_lora.errors import UserError
 from dfl_lora.evaluating import config_for, order_of
-from dfl_lora.models.base import load_tokenizer, locate, quiet
 from dfl_lora.models import generation
+from dfl_lora.models.base import load_tokenizer, locate, quiet
 from dfl_lora.models.generation import Sampling, generate, load_causal
 from dfl_lora.trained import Trained
 from real import real
@@ -178,6 +178,22 @@ def test_an_adapter_apart_from_its_run_and_a_merged_model_say_the_same(
         texts[name] = [json.loads(line)["generated"] for line in to.read_text().splitlines()]
     assert texts["run"] == texts["inside"] == texts["adapter"] == texts["model"]
     assert len(texts["run"]) == len(ROWS)
+
+
+def test_an_adapter_is_merged_into_a_base_that_lies_elsewhere_now(
+    ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(ground.base, tmp_path / "moved")
+    recipe = ground.run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(ground.base), str(tmp_path / "gone")))
+    words = ("export", ground.run, "--peer", 0, "--to", tmp_path / "model")
+    assert call(*words, "--merge") == 2
+    assert "give its place with --base" in capsys.readouterr().err
+    assert call(*words, "--base", moved) == 2
+    assert "--base has no effect without --merge" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert call(*words, "--merge", "--base", moved) == 0
+    assert said(tmp_path / "model", None) == said(ground.base, ground.run / "adapters" / "peer-000")
 
 
 def test_adapters_of_a_real_run_that_brought_words_are_asked_with_them(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfl_lora.cli.options import Json
+from dfl_lora.cli.options import Base, Json
 from dfl_lora.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ Place = Annotated[
     Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, an adapter folder or a model folder.")
 ]
 Consensus = Annotated[bool, typer.Option("--consensus", help="The mean of all peers.")]
-Base = Annotated[
-    str | None, typer.Option("--base", metavar="NAME_OR_PATH", help="The base model, where it lies elsewhere now.")
-]
 Sample = Annotated[
     bool, typer.Option("--sample", help="Draw tokens (temperature 0.1, top_k 40, top_p 0.95), not the likeliest.")
 ]
@@ -55,8 +52,9 @@ def evaluate(
     to: Annotated[
         Path | None,
         typer.Option(
-            "--to", metavar="FILE.jsonl",
-            help="The answers; default answers-gsm8k.jsonl in the run, or here for a folder; with a number if it is there.",
+            "--to",
+            metavar="FILE.jsonl",
+            help="Where answers go; default answers-gsm8k.jsonl of the run, of a folder here; numbered if there.",
         ),
     ] = None,
     as_json: Json = False,

@@ -19,6 +19,7 @@ from dfl_lora.data.answers import final_number
 from dfl_lora.data.prompts import question_tokens, text_tokens, turns_tokens
 from dfl_lora.errors import UserError
 from dfl_lora.evaluating import config_for, order_of
+from dfl_lora.models import generation
 from dfl_lora.models.base import load_tokenizer, locate, quiet
 from dfl_lora.models.generation import Sampling, generate, load_causal
 from dfl_lora.trained import Trained
@@ -96,7 +97,7 @@ def test_every_adapter_of_a_run_is_asked_and_what_plain_peft_says_is_counted(
     rows = [json.loads(line) for line in (ground.data / "test.jsonl").read_text().splitlines()]
     accuracy = result["accuracy"]
     for whose, own in {**accuracy["per_peer"], "consensus": accuracy["consensus"]}.items():
-        mine = [line for line in lines if line["whose"] == whose]
+        mine = sorted((line for line in lines if line["whose"] == whose), key=lambda line: line["row"])
         assert [line["generated"] for line in mine] == said(ground.base, ground.run / "adapters" / whose)
         assert [line["question"] for line in mine] == [row["question"] for row in rows]
         assert [line["number"] for line in mine] == [final_number(line["generated"]) for line in mine]
@@ -116,6 +117,40 @@ def test_a_table_has_a_row_for_each_adapter_and_the_spread_over_peers(
         assert name in shown
     assert len((tmp_path / "said.jsonl").read_text().splitlines()) == 6
     assert not (ground.run / "answers-gsm8k.jsonl").exists()
+
+
+def test_answers_that_are_there_are_left_alone_and_those_of_a_folder_are_written_here(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter, words = ground.run / "adapters" / "consensus", (*ground.gsm8k, "--limit", 1)
+    result_of(capsys, ground.run, *words, "--peer", 0)
+    before = files_of(ground.run)
+    result_of(capsys, ground.run, *words, "--peer", 1)
+    after = files_of(ground.run)
+    assert {**before, "answers-gsm8k-2.jsonl": after["answers-gsm8k-2.jsonl"]} == after
+    assert call("eval", adapter, *words) == 0 and call("eval", adapter, *words) == 0
+    assert "wrote answers-gsm8k-2.jsonl" in capsys.readouterr().out
+    assert (tmp_path / "answers-gsm8k.jsonl").read_text() == (tmp_path / "answers-gsm8k-2.jsonl").read_text()
+    assert files_of(ground.run) == after
+
+
+def test_an_evaluation_that_is_stopped_keeps_what_was_said_and_one_that_is_refused_leaves_nothing(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("eval", ground.run, "--task", "gsm8k", "--max-new-tokens", 400) == 2
+    assert not (ground.run / "answers-gsm8k.jsonl").exists()
+    real, passes = generation.continued, list[object]()
+
+    def stopped(*given: Any) -> Any:
+        passes.append(given)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(generation, "continued", stopped)
+    assert call("eval", ground.run, *ground.gsm8k, "--batch-size", 1) == 130
+    assert len((ground.run / "answers-gsm8k.jsonl").read_text().splitlines()) == 2
 
 
 def test_adapters_of_a_run_are_chosen(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +180,22 @@ def test_an_adapter_apart_from_its_run_and_a_merged_model_say_the_same(
     assert len(texts["run"]) == len(ROWS)
 
 
+def test_an_adapter_is_merged_into_a_base_that_lies_elsewhere_now(
+    ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(ground.base, tmp_path / "moved")
+    recipe = ground.run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(ground.base), str(tmp_path / "gone")))
+    words = ("export", ground.run, "--peer", 0, "--to", tmp_path / "model")
+    assert call(*words, "--merge") == 2
+    assert "give its place with --base" in capsys.readouterr().err
+    assert call(*words, "--base", moved) == 2
+    assert "--base has no effect without --merge" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert call(*words, "--merge", "--base", moved) == 0
+    assert said(tmp_path / "model", None) == said(ground.base, ground.run / "adapters" / "peer-000")
+
+
 def test_adapters_of_a_real_run_that_brought_words_are_asked_with_them(
     built: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +208,7 @@ def test_adapters_of_a_real_run_that_brought_words_are_asked_with_them(
     assert call("export", tmp_path / "run", "--peer", 1, "--merge", "--to", tmp_path / "model") == 0
     result = result_of(capsys, tmp_path / "run", "--task", "gsm8k", *SHORT, "--peer", 1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "answers-gsm8k.jsonl").read_text().splitlines()]
-    assert [line["generated"] for line in lines] == said(tmp_path / "model", None)
+    assert [line["generated"] for line in sorted(lines, key=lambda line: line["row"])] == said(tmp_path / "model", None)
     assert result["rows"] == len(ROWS) and result["accuracy"]["per_peer"].keys() == {"peer-001"}
 
 

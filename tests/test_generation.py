@@ -13,7 +13,7 @@ from decoders import write_decoder
 from dfl_lora.data.prompts import question_tokens, text_tokens, turns_tokens
 from dfl_lora.errors import UserError
 from dfl_lora.models.base import Files, load_tokenizer, locate
-from dfl_lora.models.generation import DRAWN, Draws, Sampling, generate, load_causal
+from dfl_lora.models.generation import DRAWN, Draws, Said, Sampling, generate, load_causal
 from dfl_lora.models.plain import worn_in_turn
 from dfl_lora.streams import torch_stream
 from real import real
@@ -105,10 +105,10 @@ def test_a_prompt_too_long_loses_its_beginning_and_says_so(files: Files) -> None
         generate(model, tokenizer, [[]], SHORT)
 
 
-def test_progress_is_told_after_every_pass(files: Files) -> None:
-    tokenizer, told = load_tokenizer(files), list[int]()
-    generate(load_causal(files), tokenizer, [[5], [6, 7], [8]], Sampling(max_new_tokens=2), 2, told.append)
-    assert told == [2, 3]
+def test_each_answer_is_heard_as_it_comes_the_longest_prompt_first(files: Files) -> None:
+    tokenizer, told = load_tokenizer(files), dict[int, Said]()
+    said = generate(load_causal(files), tokenizer, [[5], [6, 7], [8]], SHORT, 2, told.__setitem__)
+    assert list(told) == [1, 0, 2] and said == [told[i] for i in range(3)]
 
 
 def test_adapters_in_turn_say_what_each_says_alone(files: Files, adapter: Path, tmp_path: Path) -> None:

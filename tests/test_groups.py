@@ -231,3 +231,11 @@ def test_real_texts_fall_into_ten_groups_and_those_are_skewed_by_alpha(name: str
             assert sorted(np.concatenate(parts).tolist()) == list(range(len(table))) and min(map(len, parts)) >= 20
             skews.append(shares(counts([groups.ids[part] for part in parts], 10)).label_skew or 0.0)
         assert skews[0] > 0.4 > 0.1 > skews[1]
+
+
+def test_values_of_a_column_are_groups_where_they_are_few() -> None:
+    how = how_to("natural(column=site)")
+    few = Table(np.zeros(6, dtype=np.int64), lambda name: ["b", "a", "a", 3, "b", "a"])
+    found = grouped(how, few, 0)
+    assert found is not None and found.names == ("b", "a", "3") and found.ids.tolist() == [0, 1, 1, 2, 0, 1]
+    assert grouped(how, Table(np.zeros(51, dtype=np.int64), lambda name: list(range(51))), 0) is None

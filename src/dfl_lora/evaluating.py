@@ -4,7 +4,6 @@ a task of GLUE    the label of the largest logit; accuracy and the task's own me
 gsm8k             what is said after a question, as in training; right is who comes to the gold answer's number
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from dfl_lora.data.prompts import question_tokens
 from dfl_lora.data.sources import load_rows
 from dfl_lora.data.tasks import Tokenization, text_of
 from dfl_lora.errors import UserError
-from dfl_lora.files import write_atomically
 from dfl_lora.metrics import METRICS, Answers
 from dfl_lora.models.adapters import read_adapter
 from dfl_lora.models.base import Files, load_encoder, load_tokenizer, max_tokens
@@ -43,6 +41,8 @@ MAX_LENGTH = 512
 Line = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 """Is told whose adapter it is, how many rows are done, and of how many."""
+Hear = Callable[[Line], None]
+"""Is told each answer as it comes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out: the metrics of each adapter by name, and of texts that were said a line each."""
+    """What came out: the metrics of each adapter by name."""
 
     task: str
     metric: str
     num_rows: int
     scores: Mapping[str, Mapping[str, float]]
-    lines: Sequence[Line] = ()
     notes: Sequence[str] = ()
     """What one should know of how it came out."""
 
@@ -93,13 +92,14 @@ class Result:
         spreads = {metric: self.spread(metric) for metric in self.metrics}
         return {"task": self.task, "metric": self.metric, "rows": self.num_rows, **spreads, "notes": list(self.notes)}
 
-    def write(self, path: Path) -> None:
-        """Writes the lines to a file, which appears whole or not at all."""
-        write_atomically(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in self.lines).encode())
-
 
 def evaluate(
-    trained: Trained, asked: Asked, sampling: Sampling, batch_size: int, progress: Progress = lambda *_: None
+    trained: Trained,
+    asked: Asked,
+    sampling: Sampling,
+    batch_size: int,
+    progress: Progress = lambda *_: None,
+    hear: Hear = lambda _: None,
 ) -> Result:
     """Returns how good every adapter is on the rows that are asked for."""
     if trained.causal and asked.task != GSM8K:
@@ -114,7 +114,7 @@ def evaluate(
         )
     table = load(trained, asked)
     if trained.causal:
-        return answered(trained, table, sampling, batch_size, progress)
+        return answered(trained, table, sampling, batch_size, progress, hear)
     return labelled(trained, asked.task, table, batch_size, progress)
 
 
@@ -158,7 +158,9 @@ def config_for(path: str, task: str) -> str | None:
     return found if len(there) > 1 else None
 
 
-def answered(trained: Trained, table: Table, sampling: Sampling, batch_size: int, progress: Progress) -> Result:
+def answered(
+    trained: Trained, table: Table, sampling: Sampling, batch_size: int, progress: Progress, hear: Hear
+) -> Result:
     """Asks every adapter the questions of GSM8K."""
     questions, golds = text_of(table.rows, "question", table.path), gold_numbers(table)
     files = trained.files()
@@ -166,17 +168,19 @@ def answered(trained: Trained, table: Table, sampling: Sampling, batch_size: int
     prompts = [question_tokens(tokenizer, question) for question in questions]
     scores, lines, said = dict[str, dict[str, float]](), list[Line](), list[Said]()
     for whose, model in worn_in_turn(load_causal(files), files, trained.adapters):
-        told = progress_of(progress, whose, len(prompts))
-        own = generate(model, tokenizer, prompts, sampling, batch_size, told)
-        numbers = [final_number(answer.text) for answer in own]
-        right = [number == gold for number, gold in zip(numbers, golds, strict=True)]
-        scores[whose] = {"accuracy": fmean(right)}
-        said += own
-        lines += [
-            {"whose": whose, "question": q, "generated": a.text, "number": n, "gold": g, "right": r}
-            for q, a, n, g, r in zip(questions, own, numbers, golds, right, strict=True)
-        ]
-    return Result(GSM8K, "accuracy", len(prompts), scores, lines, notes_of(said, lines, sampling))
+        own = list[Line]()
+
+        def heard(row: int, answer: Said, whose: str = whose, own: list[Line] = own) -> None:
+            number, gold = final_number(answer.text), golds[row]
+            line = {"whose": whose, "row": row, "question": questions[row], "generated": answer.text}
+            own.append({**line, "number": number, "gold": gold, "right": number == gold})
+            hear(own[-1])
+            progress(whose, len(own), len(prompts))
+
+        said += generate(model, tokenizer, prompts, sampling, batch_size, heard)
+        scores[whose] = {"accuracy": fmean(line["right"] for line in own)}
+        lines += own
+    return Result(GSM8K, "accuracy", len(prompts), scores, notes_of(said, lines, sampling))
 
 
 def gold_numbers(table: Table) -> list[str]:

@@ -6,14 +6,16 @@ from pathlib import Path
 from dfl_lora.errors import UserError
 from dfl_lora.files import new_folder
 from dfl_lora.models import adapters
-from dfl_lora.models.base import locate
 from dfl_lora.models.plain import merge
-from dfl_lora.reading import load_recipe
 from dfl_lora.records import labels_of
+from dfl_lora.trained import open_trained
 
 
-def export_run(run: Path, name: str, to: Path, merged: bool) -> None:
-    """Writes adapter `name` of a run to a folder, which appears whole or not at all."""
+def export_run(run: Path, name: str, to: Path, merged: bool, base: str | None = None) -> None:
+    """Writes adapter `name` of a run to a folder, which appears whole or not at all.
+
+    Merged, it is merged into the run's base, or into `base` where that lies elsewhere now.
+    """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no recipe.yaml.")
     source = run / "adapters" / name
@@ -27,7 +29,6 @@ def export_run(run: Path, name: str, to: Path, merged: bool) -> None:
     adapters.read_adapter(source)
     with new_folder(to) as partial:
         if merged:
-            recipe = load_recipe(run / "recipe.yaml")
-            merge(source, locate(recipe.model.name_or_path, recipe.model.revision), labels_of(run), partial)
+            merge(source, open_trained(run, base, [name]).files(), labels_of(run), partial)
         else:
             shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -57,7 +57,7 @@ def test_the_engine_goes_on_as_the_model_is_known_to_with_and_without_fresh_adap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["lora", "freeze_a"])
-def test_peers_with_stories_of_other_lengths_bring_the_loss_below_the_bases(
+def test_peers_with_stories_of_other_topics_bring_the_loss_below_the_bases(
     schedule: str, folder: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(RECIPE, [f"method.schedule={schedule}"])

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfl_lora.cli.evaluate import Base, Consensus, MaxNewTokens, Place, Sample, check_places
+from dfl_lora.cli.evaluate import Consensus, MaxNewTokens, Place, Sample, check_places
+from dfl_lora.cli.options import Base
 from dfl_lora.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,26 +4,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfl_lora.cli.options import Json
+from dfl_lora.cli.options import Base, Json
 from dfl_lora.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dfl_lora.evaluating import Result
+    from dfl_lora.evaluating import Line, Result
 
 Place = Annotated[
     Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, an adapter folder or a model folder.")
 ]
 Consensus = Annotated[bool, typer.Option("--consensus", help="The mean of all peers.")]
-Base = Annotated[
-    str | None, typer.Option("--base", metavar="NAME_OR_PATH", help="The base model, where it lies elsewhere now.")
-]
 Sample = Annotated[
     bool, typer.Option("--sample", help="Draw tokens (temperature 0.1, top_k 40, top_p 0.95), not the likeliest.")
 ]
@@ -52,7 +50,12 @@ def evaluate(
     max_new_tokens: MaxNewTokens = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Rows at a time.")] = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FILE.jsonl", help="The answers; default RUN/answers-gsm8k.jsonl.")
+        Path | None,
+        typer.Option(
+            "--to",
+            metavar="FILE.jsonl",
+            help="Where answers go; default answers-gsm8k.jsonl of the run, of a folder here; numbered if there.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -64,20 +67,44 @@ def evaluate(
     from dfl_lora.recipe import GSM8K
     from dfl_lora.trained import names_of, open_trained
 
-    written = task == GSM8K
     opened = open_trained(trained, base, names_of(peer or (), consensus))
     asked = evaluating.Asked(task, data, config, split, limit)
-    with progress() as tell:
-        result = evaluating.evaluate(
-            opened, asked, sampling_of(sample, max_new_tokens), batch_size or (16 if written else 64), tell
-        )
+    writes, many = task == GSM8K, batch_size or (16 if task == GSM8K else 64)
+    with progress() as tell, answers(to, trained if opened.is_run else Path(), writes) as (place, hear):
+        result = evaluating.evaluate(opened, asked, sampling_of(sample, max_new_tokens), many, tell, hear)
     for note in result.notes:
         print(note, file=sys.stderr)
     show(result, as_json)
-    if written and (place := to or (trained / "answers-gsm8k.jsonl" if opened.is_run else None)):
-        result.write(place)
-        if not as_json:
-            print(f"wrote {place}")
+    if writes and not as_json:
+        print(f"wrote {place}")
+
+
+@contextmanager
+def answers(to: Path | None, folder: Path, writes: bool) -> "Iterator[tuple[Path, Callable[[Line], None]]]":
+    """Gives a new file and what adds a line to it, so that what was said is there however the evaluation ends.
+
+    Without `to` it is the first of answers-gsm8k.jsonl, answers-gsm8k-2.jsonl and so on in `folder` that is not there.
+    """
+    from dfl_lora.files import naming
+
+    if not writes:
+        yield folder, lambda _: None
+        return
+    names = (f"answers-gsm8k{f'-{k}' if k > 1 else ''}.jsonl" for k in count(1))
+    place = to or next(folder / name for name in names if not (folder / name).exists())
+    with naming(place):
+        file = place.open("x", encoding="utf-8")
+
+    def hear(line: "Line") -> None:
+        with naming(place):
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+
+    try:
+        with file:
+            yield place, hear
+    finally:
+        if not place.stat().st_size:
+            place.unlink()
 
 
 def check_task(task: str, sample: bool, max_new_tokens: int | None, to: Path | None) -> None:

@@ -11,6 +11,9 @@ Settings = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; default runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the directory from its checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the directory.")]
+Base = Annotated[
+    str | None, typer.Option("--base", metavar="NAME_OR_PATH", help="The base model, where it lies elsewhere now.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 

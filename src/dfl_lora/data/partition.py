@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfl_lora.choices import Choice, Positive, PositiveFloat
-from dfl_lora.data.groups import Grouped, by_length, by_topic
+from dfl_lora.data.groups import Grouped, by_length, by_topic, by_value
 from dfl_lora.data.saved import Saved, read_saved
 from dfl_lora.errors import UserError
 from dfl_lora.streams import numpy_stream, stream
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 Rows = NDArray[np.int64]
-DRAWS, DRAWS_EACH, DRAWS_OF_SIZES = 220, 11, 1000
+DRAWS, DRAWS_EACH, DRAWS_OF_SIZES, LOOKED_AT = 220, 11, 1000, 50
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,16 @@ def pathological(
 def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: str) -> list[Rows]:
     """Whole groups of a column's value: largest first, each to the peer with the fewest rows, ties drawn."""
     enough(len(table), num_peers, min_size)
-    groups = dict[str, list[int]]()
-    for row, value in enumerate(table.column(column)):
-        if value is None:
-            raise UserError(f"Row {row} has no value in column '{column}', so it is in no group; fill or remove it.")
-        groups.setdefault(repr(value), []).append(row)
+    found = by_value(table.column(column), column)
+    groups = np.split(np.argsort(found.ids, kind="stable"), np.cumsum(np.bincount(found.ids))[:-1])
     if len(groups) < num_peers:
         raise UserError(
             f"Column '{column}' has {len(groups)} different values for {num_peers} peers; "
             f"use at most {len(groups)} peers, or a column with more values."
         )
     drawn, held = numpy_stream(seed, "partition", "natural"), [list[int]() for _ in range(num_peers)]
-    names = list(groups)
-    for k in sorted(drawn.permutation(len(names)), key=lambda k: -len(groups[names[k]])):
-        min(held, key=len).extend(groups[names[k]])
+    for k in sorted(drawn.permutation(len(groups)), key=lambda k: -len(groups[k])):
+        min(held, key=len).extend(groups[k])
     return checked([drawn.permutation(np.array(rows)) for rows in held], f"natural(column={column})", min_size)
 
 
@@ -276,7 +272,14 @@ GROUPS: Mapping[str, Callable[[Table, int, int], Grouped]] = {"length": lengths_
 
 
 def grouped(how: Choice, table: Table, seed: int) -> Grouped | None:
-    """Returns the groups that a partition shares out, made once for a table; None where it makes none."""
+    """Returns the groups that a partition shares out, made once for a table; None where it makes none.
+
+    Values of a column are groups where they are so few that one can look at them.
+    """
+    if how.kind == "natural":
+        column = str(how.options["column"])
+        found = by_value(table.column(column), column)
+        return found if len(found.names) <= LOOKED_AT else None
     return groups_of(how.kind, table, how.options["groups"], seed) if how.kind in GROUPS else None
 
 

@@ -31,8 +31,6 @@ from dfl_lora.models.plain import device_here, put_on
 from dfl_lora.streams import torch_stream
 
 Tokens = list[int]
-Progress = Callable[[int], None]
-"""Is told how many prompts are done."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,12 @@ def generate(
     prompts: Sequence[Tokens],
     sampling: Sampling = Sampling(),
     batch_size: int = 16,
-    progress: Progress = lambda done: None,
+    heard: Callable[[int, Said], None] = lambda *_: None,
 ) -> list[Said]:
-    """Returns what a model says after each prompt, in the order of the prompts; the longest are read first."""
+    """Returns what a model says after each prompt, in the order of the prompts.
+
+    The longest are read first; `heard` is told each as it comes, with the number of its prompt.
+    """
     room, stops = room_for(model, sampling), stops_of(model, tokenizer)
     if not all(prompts):
         raise UserError("A prompt is empty, and there is nothing to go on from; give some text.")
@@ -121,7 +122,7 @@ def generate(
             length = next((k for k, token in enumerate(new) if token in stops), len(new))
             text = tokenizer.decode(new[:length], skip_special_tokens=True)
             said[i] = Said(text, length, length < len(new), len(kept[i]) < len(prompts[i]))
-        progress(len(said))
+            heard(i, said[i])
     return [said[i] for i in range(len(kept))]
 
 

@@ -154,7 +154,9 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         for (arm, rate), found in by.items():
             cells = [interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")]
             both = [seed for seed in found if seed in server] if arm != "server" else []
-            cells.append(interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–")
+            cells.append(
+                interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–"
+            )
             cells.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
             cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
             cells.append(f"{np.mean(cost):.2f}" if cost else "–")

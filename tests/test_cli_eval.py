@@ -126,7 +126,11 @@ def test_answers_that_are_there_are_left_alone_and_those_of_a_folder_are_written
     adapter, words = ground.run / "adapters" / "consensus", (*ground.gsm8k, "--limit", 1)
     result_of(capsys, ground.run, *words, "--peer", 0)
     before = files_of(ground.run)
-    result_of(capsys, ground.run, *words, "--peer", 1)
+    (ground.run / "answers-gsm8k-3.jsonl").symlink_to("nowhere")
+    assert result_of(capsys, ground.run, *words, "--peer", 1)["answers"] == str(ground.run / "answers-gsm8k-2.jsonl")
+    assert result_of(capsys, ground.run, *words, "--peer", 1)["answers"] == str(ground.run / "answers-gsm8k-4.jsonl")
+    for name in ("answers-gsm8k-3.jsonl", "answers-gsm8k-4.jsonl"):
+        (ground.run / name).unlink()
     after = files_of(ground.run)
     assert {**before, "answers-gsm8k-2.jsonl": after["answers-gsm8k-2.jsonl"]} == after
     assert call("eval", adapter, *words) == 0 and call("eval", adapter, *words) == 0
@@ -136,7 +140,7 @@ def test_answers_that_are_there_are_left_alone_and_those_of_a_folder_are_written
 
 
 def test_an_evaluation_that_is_stopped_keeps_what_was_said_and_one_that_is_refused_leaves_nothing(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("eval", ground.run, "--task", "gsm8k", "--max-new-tokens", 400) == 2
     assert not (ground.run / "answers-gsm8k.jsonl").exists()
@@ -150,6 +154,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_said_and_one_that_is_refus
 
     monkeypatch.setattr(generation, "continued", stopped)
     assert call("eval", ground.run, *ground.gsm8k, "--batch-size", 1) == 130
+    assert f"the 2 answers so far are in {ground.run / 'answers-gsm8k.jsonl'}" in capsys.readouterr().err
     assert len((ground.run / "answers-gsm8k.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from dfl_lora.cli.interruption import Interrupted
 from dfl_lora.cli.options import Base, Json
 from dfl_lora.errors import UserError, nearest
 
@@ -74,13 +75,16 @@ def evaluate(
         result = evaluating.evaluate(opened, asked, sampling_of(sample, max_new_tokens), many, tell, hear)
     for note in result.notes:
         print(note, file=sys.stderr)
-    show(result, as_json)
-    if writes and not as_json:
+    if as_json:
+        print(json.dumps({**result.as_json(), **({"answers": str(place)} if place else {})}))
+        return
+    show(result)
+    if place is not None:
         print(f"wrote {place}")
 
 
 @contextmanager
-def answers(to: Path | None, folder: Path, writes: bool) -> "Iterator[tuple[Path, Callable[[Line], None]]]":
+def answers(to: Path | None, folder: Path, writes: bool) -> "Iterator[tuple[Path | None, Callable[[Line], None]]]":
     """Gives a new file and what adds a line to it, so that what was said is there however the evaluation ends.
 
     Without `to` it is the first of answers-gsm8k.jsonl, answers-gsm8k-2.jsonl and so on in `folder` that is not there.
@@ -88,23 +92,37 @@ def answers(to: Path | None, folder: Path, writes: bool) -> "Iterator[tuple[Path
     from dfl_lora.files import naming
 
     if not writes:
-        yield folder, lambda _: None
+        yield None, lambda _: None
         return
-    names = (f"answers-gsm8k{f'-{k}' if k > 1 else ''}.jsonl" for k in count(1))
-    place = to or next(folder / name for name in names if not (folder / name).exists())
-    with naming(place):
-        file = place.open("x", encoding="utf-8")
+    file, num_lines = opened(to, folder), 0
+    place = Path(file.name)
 
     def hear(line: "Line") -> None:
+        nonlocal num_lines
         with naming(place):
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+        num_lines += 1
 
     try:
         with file:
             yield place, hear
+    except KeyboardInterrupt:
+        kept = f"the {num_lines:,} answers so far are in {place}" if num_lines else "nothing was said yet"
+        raise Interrupted(f"Interrupted; {kept}.") from None
     finally:
-        if not place.stat().st_size:
-            place.unlink()
+        if not num_lines:
+            place.unlink(missing_ok=True)
+
+
+def opened(to: Path | None, folder: Path) -> TextIO:
+    """Makes the file of the answers, never one that is there."""
+    from dfl_lora.files import naming
+
+    names = (f"answers-gsm8k{f'-{k}' if k > 1 else ''}.jsonl" for k in count(1))
+    for place in [to] if to is not None else (folder / name for name in names):
+        with naming(place), suppress(*([] if to is not None else [FileExistsError])):
+            return place.open("x", encoding="utf-8")
+    raise AssertionError("numbers do not end")
 
 
 def check_task(task: str, sample: bool, max_new_tokens: int | None, to: Path | None) -> None:
@@ -148,15 +166,12 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
-def show(result: "Result", as_json: bool) -> None:
+def show(result: "Result") -> None:
     """Prints a result: a row for each adapter, and what holds of all peers."""
     from rich.console import Console
 
     from dfl_lora.cli.screen import WIDTH
 
-    if as_json:
-        print(json.dumps(result.as_json()))
-        return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     console.print(table_of(result))
 

@@ -12,7 +12,7 @@ from dfl_lora import machine
 from dfl_lora.build import build
 from dfl_lora.data.causal import CausalTokenization
 from dfl_lora.data.formats import EMPTY
-from dfl_lora.data.sources import load_rows
+from dfl_lora.data.sources import Excerpt, load_rows
 from dfl_lora.reading import resolve
 from real import real
 from speaking import ROWS, write_llama, write_questions
@@ -105,7 +105,7 @@ ALPACA = [
 def test_what_rows_say_is_their_columns_without_a_word_of_a_template(name: str) -> None:
     (folder,) = real(name)
     rows = load_rows(str(folder), None, "train").select(range(300))
-    made = CausalTokenization(byte_tokenizer(), "digest", 8192, "right", None, "refuse").rows(rows, "here")
+    made = CausalTokenization(byte_tokenizer(), "digest", 8192, "right", None, "refuse").rows(Excerpt(rows, "here"))
     names = ("instruction", "output", "input") if name == "alpaca_demo" else ("question", "answer")
     assert made.contents == ["\n".join(row[name] for name in names if row[name]) for row in rows]
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dfl_lora.data.causal import CausalRows, CausalTokenization, opening_tokens, render, trained_spans
 from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED, REWRITTEN
-from dfl_lora.data.sources import load_rows
+from dfl_lora.data.sources import Excerpt, load_rows
 from dfl_lora.errors import UserError
 from real import real
 
@@ -85,7 +85,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_of_each_token_the_next_one_is_learnt_where_it_is_of_the_completion_or_the_end() -> None:
-    made = tokenization().rows(pairs(("ab", "cd")), "here")
+    made = tokenization().rows(Excerpt(pairs(("ab", "cd")), "here"))
     assert made.source.columns["input_ids"].tolist() == [START, A, B, C, D, END]
     assert made.source.targets is not None and made.source.targets.tolist() == [-100, -100, C, D, END, -100]
     assert made.source.targets.dtype == made.source.columns["input_ids"].dtype == np.int32
@@ -94,14 +94,14 @@ def test_of_each_token_the_next_one_is_learnt_where_it_is_of_the_completion_or_t
 
 
 def test_a_batch_of_rows_has_the_targets_of_each_token_and_is_padded_with_the_end() -> None:
-    source = tokenization().rows(pairs(("ab", "cd"), ("", "a"), ("a", "b")), "here").source
+    source = tokenization().rows(Excerpt(pairs(("ab", "cd"), ("", "a"), ("a", "b")), "here")).source
     batch = source.collate(np.array([2, 1]))
     assert batch.labels.tolist() == [-100, B, END, -100, A, END, -100] and batch.num_learnt == 4
     assert batch.padded()["input_ids"].tolist() == [[START, A, B, END] + [END] * 4, [START, A] + [END] * 6]
 
 
 def test_a_whole_text_is_learnt_but_for_the_token_that_begins_it() -> None:
-    made = tokenization().rows(Dataset.from_dict({"text": ["abc"]}), "here")
+    made = tokenization().rows(Excerpt(Dataset.from_dict({"text": ["abc"]}), "here"))
     assert made.source.columns["input_ids"].tolist() == [START, A, B, C, END]
     assert made.source.targets is not None and made.source.targets.tolist() == [A, B, C, END, -100]
 
@@ -109,7 +109,7 @@ def test_a_whole_text_is_learnt_but_for_the_token_that_begins_it() -> None:
 def test_a_tokenizer_that_puts_nothing_before_a_text_begins_with_the_text() -> None:
     tokenizer = bytes_tokenizer(start=None)
     assert opening_tokens(tokenizer) == [] and opening_tokens(bytes_tokenizer()) == [START]
-    made = tokenization(tokenizer).rows(pairs(("a", "b")), "here")
+    made = tokenization(tokenizer).rows(Excerpt(pairs(("a", "b")), "here"))
     assert made.source.columns["input_ids"].tolist() == [A, B, END]
 
 
@@ -129,7 +129,7 @@ AS_CHAT = {
 @pytest.mark.parametrize("form", AS_CHAT)
 def test_a_conversation_has_the_tokens_of_its_template_and_no_others(form: str) -> None:
     tokenizer = bytes_tokenizer(TEMPLATE)
-    made = tokenization(tokenizer).rows(Dataset.from_dict(AS_CHAT[form]), "here")
+    made = tokenization(tokenizer).rows(Excerpt(Dataset.from_dict(AS_CHAT[form]), "here"))
     assert made.format == form
     assert render(tokenizer, made.source, 0) == (
         "<s>user: ab</s><s>assistant: «c</s>»<s>user: a</s><s>assistant: «d</s>»"
@@ -142,7 +142,7 @@ def test_a_conversation_has_the_tokens_of_its_template_and_no_others(form: str) 
 def test_a_completion_in_turns_is_what_is_learnt_of_a_conversation() -> None:
     tokenizer = bytes_tokenizer(TEMPLATE)
     rows = Dataset.from_list([{"prompt": TURNS[:3], "completion": TURNS[3:]}])
-    made = tokenization(tokenizer).rows(rows, "here")
+    made = tokenization(tokenizer).rows(Excerpt(rows, "here"))
     assert render(tokenizer, made.source, 0, marks=("[", "]")) == (
         "<s>user: ab</s><s>assistant: c</s><s>user: a</s><s>assistant: [d</s>]"
     )
@@ -152,10 +152,10 @@ def test_a_completion_in_turns_is_what_is_learnt_of_a_conversation() -> None:
 @pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
 def test_turns_without_a_chat_template_are_refused(form: str, bad_rows: Literal["refuse", "skip"]) -> None:
     with pytest.raises(UserError, match="need a chat template, and the tokenizer of the base model has none"):
-        tokenization(bad_rows=bad_rows).rows(Dataset.from_dict(AS_CHAT[form]), "here")
+        tokenization(bad_rows=bad_rows).rows(Excerpt(Dataset.from_dict(AS_CHAT[form]), "here"))
     with pytest.raises(UserError, match="need a chat template"):
         tokenization(bad_rows=bad_rows).rows(
-            Dataset.from_list([{"prompt": TURNS[:1], "completion": TURNS[1:]}]), "here"
+            Excerpt(Dataset.from_list([{"prompt": TURNS[:1], "completion": TURNS[1:]}]), "here")
         )
 
 
@@ -163,14 +163,14 @@ def test_turns_without_a_chat_template_are_refused(form: str, bad_rows: Literal[
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str) -> None:
     system = [{"role": "system", "content": "s"}, *TURNS]
     rows = Dataset.from_dict({"messages": [TURNS, system]})
-    made = tokenization(bytes_tokenizer(template), bad_rows="skip").rows(rows, "here")
+    made = tokenization(bytes_tokenizer(template), bad_rows="skip").rows(Excerpt(rows, "here"))
     assert made.bad == {REFUSED: 1} and made.kept.tolist() == [0]
 
 
 def test_a_conversation_of_which_the_template_writes_earlier_turns_anew_is_skipped_or_refused() -> None:
     rows = Dataset.from_dict({"messages": [TURNS[:2], TURNS]})
     tokenizer = bytes_tokenizer(THINKING)
-    made = tokenization(tokenizer, bad_rows="skip").rows(rows, "here")
+    made = tokenization(tokenizer, bad_rows="skip").rows(Excerpt(rows, "here"))
     assert made.bad == {REWRITTEN: 1} and made.kept.tolist() == [0]
     assert render(tokenizer, made.source, 0) == "<s>user: ab</s><s>assistant: «<think></think>c</s>»"
     says = (
@@ -178,12 +178,12 @@ def test_a_conversation_of_which_the_template_writes_earlier_turns_anew_is_skipp
         "To go on, clean the row, use a model with another chat template, or set task.bad_rows to skip."
     )
     with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
-        tokenization(tokenizer).rows(rows, "here")
+        tokenization(tokenizer).rows(Excerpt(rows, "here"))
 
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
     tokenizer = bytes_tokenizer(DATED)
-    made = tokenization(tokenizer).rows(Dataset.from_dict({"messages": [TURNS[:2]]}), "here")
+    made = tokenization(tokenizer).rows(Excerpt(Dataset.from_dict({"messages": [TURNS[:2]]}), "here"))
     assert render(tokenizer, made.source, 0) == "26 Jul 2024<s>user: ab</s><s>assistant: «c</s>»"
 
 
@@ -192,16 +192,16 @@ def test_plain_text_needs_an_end_and_a_conversation_does_not() -> None:
     with pytest.raises(
         UserError, match="ends with the end-of-text token, and the tokenizer of the base model has none"
     ):
-        tokenization(endless).rows(pairs(("a", "b")), "here")
-    made = tokenization(endless).rows(Dataset.from_dict({"messages": [TURNS]}), "here")
+        tokenization(endless).rows(Excerpt(pairs(("a", "b")), "here"))
+    made = tokenization(endless).rows(Excerpt(Dataset.from_dict({"messages": [TURNS]}), "here"))
     assert len(made.kept) == 1
 
 
 def test_no_token_is_added_to_the_tokenizer() -> None:
     tokenizer = bytes_tokenizer(TEMPLATE)
     before = tokenizer.get_vocab()
-    tokenization(tokenizer).rows(pairs(("a", "b")), "here")
-    tokenization(tokenizer).rows(Dataset.from_dict({"messages": [TURNS]}), "here")
+    tokenization(tokenizer).rows(Excerpt(pairs(("a", "b")), "here"))
+    tokenization(tokenizer).rows(Excerpt(Dataset.from_dict({"messages": [TURNS]}), "here"))
     assert tokenizer.get_vocab() == before and tokenizer.pad_token is None
 
 
@@ -217,7 +217,7 @@ def test_no_token_is_added_to_the_tokenizer() -> None:
 def test_rows_are_cut_on_the_side_that_the_recipe_says(
     side: str, max_length: int, ids: list[int], targets: list[int]
 ) -> None:
-    made = tokenization(max_length=max_length, side=side).rows(pairs(("ab", "cd")), "here")
+    made = tokenization(max_length=max_length, side=side).rows(Excerpt(pairs(("ab", "cd")), "here"))
     assert made.source.columns["input_ids"].tolist() == ids
     assert made.source.targets is not None and made.source.targets.tolist() == targets
     assert made.num_cut == (max_length < 6) and made.contents == ["ab\ncd"] and made.source.max_length == max_length
@@ -233,7 +233,7 @@ def test_bad_rows_are_refused_with_their_number_their_reasons_and_what_to_do() -
         "is row 1. To go on, clean the rows, raise task.max_length, here 4, or set task.bad_rows to skip."
     )
     with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
-        tokenization(max_length=4).rows(pairs(*MIXED), "here")
+        tokenization(max_length=4).rows(Excerpt(pairs(*MIXED), "here"))
 
 
 def test_one_bad_row_is_refused_with_advice_that_fits_it() -> None:
@@ -243,12 +243,12 @@ def test_one_bad_row_is_refused_with_advice_that_fits_it() -> None:
         "To go on, clean the row, or set task.bad_rows to skip."
     )
     with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
-        tokenization().rows(rows, "here")
+        tokenization().rows(Excerpt(rows, "here"))
 
 
 def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so() -> None:
     how = tokenization(max_length=4, bad_rows="skip")
-    made = how.rows(pairs(*MIXED), "here")
+    made = how.rows(Excerpt(pairs(*MIXED), "here"))
     assert made.kept.dtype == np.int64 and made.kept.tolist() == [0, 3, 6]
     assert made.bad == {FILLED: 2, EMPTY: 1, NO_TEXT: 1} and made.num_cut == 1
     assert made.contents == ["a\nb", "a\nbcd", "a\nc"] and made.source.lengths.tolist() == [4, 4, 4]
@@ -257,20 +257,23 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so() -> None:
 
 def test_an_empty_cell_of_a_csv_is_an_empty_completion(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\na,b\nc,\n")
-    made = tokenization(bad_rows="skip").rows(load_rows(str(tmp_path / "rows.csv"), None, "train"), "here")
+    made = tokenization(bad_rows="skip").rows(Excerpt(load_rows(str(tmp_path / "rows.csv"), None, "train"), "here"))
     assert made.bad == {EMPTY: 1} and made.kept.tolist() == [0]
 
 
 @pytest.mark.parametrize("rows", [pairs(("a", ""), ("a", " ")), pairs(("abcd", "a"), ("abc", "a"))])
 def test_where_no_row_is_left_none_is_skipped(rows: Dataset) -> None:
     with pytest.raises(UserError, match="2 of the 2 rows of 'here' cannot be trained on") as told:
-        tokenization(max_length=4, bad_rows="skip").rows(rows, "here")
+        tokenization(max_length=4, bad_rows="skip").rows(Excerpt(rows, "here"))
     assert "skip" not in str(told.value)
 
 
 def test_tokens_are_made_once_and_memory_mapped(cache: Path) -> None:
     how, rows = tokenization(max_length=4, bad_rows="skip"), pairs(*MIXED)
-    one, other = how.rows(rows, "here"), replace(how, tokenizer=bytes_tokenizer(shift=1)).rows(rows, "there")
+    one, other = (
+        how.rows(Excerpt(rows, "here")),
+        replace(how, tokenizer=bytes_tokenizer(shift=1)).rows(Excerpt(rows, "there")),
+    )
     assert len(list(cache.iterdir())) == 1 and one.source.digest == other.source.digest == next(cache.iterdir()).name
     for source in (one.source, other.source):
         assert isinstance(source.targets, np.memmap) and not source.targets.flags.writeable
@@ -281,17 +284,17 @@ def test_tokens_are_made_once_and_memory_mapped(cache: Path) -> None:
 
 def test_what_is_skipped_once_is_refused_from_the_cache_too(cache: Path) -> None:
     rows = pairs(("a", "b"), ("abcd", "d"))
-    tokenization(max_length=4, bad_rows="skip").rows(rows, "here")
+    tokenization(max_length=4, bad_rows="skip").rows(Excerpt(rows, "here"))
     with pytest.raises(UserError, match=f"1 of the 2 rows of 'here' .* with {FILLED}"):
-        tokenization(max_length=4).rows(rows, "here")
+        tokenization(max_length=4).rows(Excerpt(rows, "here"))
 
 
 def test_a_damaged_cache_entry_is_made_again(cache: Path) -> None:
     how = tokenization()
-    before = spans(how.rows(pairs(("a", "b"), ("ab", "cd")), "here"))
+    before = spans(how.rows(Excerpt(pairs(("a", "b"), ("ab", "cd")), "here")))
     for file in cache.rglob("*.npy"):
         os.truncate(file, 40)
-    assert spans(how.rows(pairs(("a", "b"), ("ab", "cd")), "here")) == before
+    assert spans(how.rows(Excerpt(pairs(("a", "b"), ("ab", "cd")), "here"))) == before
 
 
 def test_another_text_split_length_side_format_or_tokenizer_is_another_entry(cache: Path) -> None:
@@ -306,7 +309,7 @@ def test_another_text_split_length_side_format_or_tokenizer_is_another_entry(cac
         (replace(tokenization(), digest="other"), pairs(("a", "b"))),
     ]
     for how, rows in others:
-        how.rows(rows, "here")
+        how.rows(Excerpt(rows, "here"))
     assert len(list(cache.iterdir())) == len(others)
 
 
@@ -322,7 +325,7 @@ ROWS = st.lists(st.tuples(PLAIN, PLAIN.filter(str.strip)), min_size=1, max_size=
 @given(ROWS)
 def test_what_is_learnt_reads_as_the_completion_and_what_is_not_as_the_prompt(rows: Sequence[tuple[str, str]]) -> None:
     how = tokenization()
-    made = how.rows(pairs(*rows), "here")
+    made = how.rows(Excerpt(pairs(*rows), "here"))
     read = [[(how.tokenizer.decode(ids), trained) for ids, trained in row] for row in spans(made)]
     assert read == [[(f"<s>{prompt}", False), (f"{completion}</s>", True)] for prompt, completion in rows]
 
@@ -330,9 +333,9 @@ def test_what_is_learnt_reads_as_the_completion_and_what_is_not_as_the_prompt(ro
 @settings(max_examples=50, deadline=None)
 @given(ROWS, st.integers(1, 30), st.sampled_from(["right", "left"]))
 def test_a_cut_row_is_a_part_of_the_whole_one(rows: Sequence[tuple[str, str]], max_length: int, side: str) -> None:
-    whole = tokenization().rows(pairs(*rows), "here")
+    whole = tokenization().rows(Excerpt(pairs(*rows), "here"))
     try:
-        cut = tokenization(max_length=max_length, side=side, bad_rows="skip").rows(pairs(*rows), "here")
+        cut = tokenization(max_length=max_length, side=side, bad_rows="skip").rows(Excerpt(pairs(*rows), "here"))
     except UserError:
         return
     here = slice(-max_length, None) if side == "left" else slice(max_length)
@@ -351,7 +354,7 @@ def real_rows(table: str, split: str) -> tuple[CausalTokenization, Dataset]:
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
     how, rows = real_rows("gsm8k", split)
-    made = how.rows(rows, "gsm8k")
+    made = how.rows(Excerpt(rows, "gsm8k"))
     assert (made.format, made.bad, made.num_cut) == ("question_answer", {}, 0)
     assert made.kept.tolist() == list(range(count))
     for row in (0, count // 2, count - 1):
@@ -371,14 +374,14 @@ def test_every_row_of_gsm8k_is_learnt(split: str, count: int) -> None:
 )
 def test_every_row_of_other_real_tables_is_learnt(table: str, split: str, form: str, count: int) -> None:
     how, rows = real_rows(table, split)
-    made = how.rows(rows, table)
+    made = how.rows(Excerpt(rows, table))
     assert (made.format, made.bad, len(made.kept), made.num_cut) == (form, {}, count, 0)
     assert render(how.tokenizer, made.source, 0).endswith("</s>»")
 
 
 def test_stories_are_cut_to_what_the_model_reads() -> None:
     how, rows = real_rows("tinystories", "train")
-    whole = how.rows(rows, "tinystories").source.lengths
-    made = replace(how, max_length=256).rows(rows, "tinystories")
+    whole = how.rows(Excerpt(rows, "tinystories")).source.lengths
+    made = replace(how, max_length=256).rows(Excerpt(rows, "tinystories"))
     assert made.source.lengths.tolist() == np.minimum(whole, 256).tolist()
     assert made.num_cut == int((whole > 256).sum()) > 0

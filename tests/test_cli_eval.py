@@ -193,7 +193,7 @@ def test_an_adapter_is_merged_into_a_base_that_lies_elsewhere_now(
     recipe.write_text(recipe.read_text().replace(str(ground.base), str(tmp_path / "gone")))
     words = ("export", ground.run, "--peer", 0, "--to", tmp_path / "model")
     assert call(*words, "--merge") == 2
-    assert "give its place with --base" in capsys.readouterr().err
+    assert "give a folder that holds it with --base" in capsys.readouterr().err
     assert call(*words, "--base", moved) == 2
     assert "--base has no effect without --merge" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
@@ -275,6 +275,15 @@ def without_adapters(run: Path, here: Path) -> Path:
     return shutil.copytree(run, here / "begun", ignore=shutil.ignore_patterns("adapters"))
 
 
+def shallower(base: Path, to: Path) -> Path:
+    """Returns a copy of a base whose config names a layer less than its weights have."""
+    config = shutil.copytree(base, to) / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"num_hidden_layers": content["num_hidden_layers"] - 1}))
+    return to
+
+
+LAST_BARE = [{"question": "a", "answer": answer} for answer in ("#### 0", "#### 1", "#### 2", "3")]
 BAD: dict[str, tuple[Words, tuple[str, ...]]] = {
     "a task misspelt": (lambda g, _: ["eval", g.run, "--task", "gsm8"], ("--task is 'gsm8'", "Did you mean 'gsm8k'")),
     "a decoder that is to tell labels": (
@@ -294,6 +303,10 @@ BAD: dict[str, tuple[Words, tuple[str, ...]]] = {
         lambda g, here: ["eval", g.run, "--task", "gsm8k", "--base", write_llama(here / "other", seed=5)],
         ("was trained on tiny-llama", "other has"),
     ),
+    "a base whose config is another's": (
+        lambda g, here: ["eval", g.run, "--task", "gsm8k", "--base", shallower(g.base, here / "shallow")],
+        ("does not fit", "config.json"),
+    ),
     "a base that is not here": (
         lambda g, here: [
             "eval", write_adapter(here / "adapter", g.base, 1), "--task", "gsm8k", "--data", g.data / "test.jsonl"
@@ -309,6 +322,10 @@ BAD: dict[str, tuple[Words, tuple[str, ...]]] = {
     "no rows": (with_rows([]), ("no rows",)),
     "a missing column": (with_rows([{"text": "a", "answer": "#### 1"}]), ("no column 'question'", "text, answer")),
     "an answer without a number": (with_rows([{"question": "a", "answer": "1"}]), ("Row 0", "no number after ####")),
+    "an answer without a number in a slice": (
+        lambda g, here: [*with_rows(LAST_BARE)(g, here), "--split", "test[2:]"],
+        ("Row 3 of", "(test[2:]) has no number after ####"),
+    ),
     "a split that is not there": (
         lambda g, _: ["eval", g.run, "--task", "gsm8k", "--split", "tset"], ("no split 'tset'", "test"),
     ),

@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dfl_lora.data.sources import BUILTIN, BUILTINS, column, load_rows, peer_path
+from dfl_lora.data.sources import BUILTIN, BUILTINS, column, excerpt, load_rows, peer_path
 from dfl_lora.errors import UserError
 from tiny import Rows, labelled
 
@@ -307,3 +308,12 @@ def test_words_that_mean_nothing_to_a_library_of_tables_are_text(ending: str, tm
     WRITERS[ending](tmp_path / f"rows{ending}", [{"sentence": word, "label": word} for word in words])
     rows = load_rows(str(tmp_path / f"rows{ending}"), None, "train")
     assert rows["sentence"][:] == rows["label"][:] == words
+
+
+def test_a_row_is_told_by_its_number_in_the_split(tmp_path: Path) -> None:
+    rows = [{"sentence": "a", "user": None if i == 7 else f"u{i}"} for i in range(10)]
+    lines(tmp_path / "rows.jsonl", rows)
+    some = excerpt(str(tmp_path / "rows.jsonl"), None, "train[3:]").select(np.array([0, 2, 4, 5]))
+    assert [some.number(row) for row in range(4)] == [3, 5, 7, 8] and some.filled("sentence") == ["a"] * 4
+    with pytest.raises(UserError, match=r"Row 7 of '.*rows.jsonl' \(train\[3:\]\) has no value in column 'user'"):
+        some.filled("user")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, get_dataset_config_names
+from datasets import get_dataset_config_names
 from torch.nn import functional as F
 
 from dfl_lora.data.answers import final_number, gold_number
@@ -22,7 +22,7 @@ from dfl_lora.data.glance import glance
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.places import SAVED
 from dfl_lora.data.prompts import question_tokens
-from dfl_lora.data.sources import load_rows
+from dfl_lora.data.sources import Excerpt, excerpt
 from dfl_lora.data.tasks import Tokenization, text_of
 from dfl_lora.errors import UserError
 from dfl_lora.metrics import METRICS, Answers
@@ -54,14 +54,6 @@ class Asked:
     config: str | None = None
     split: str | None = None
     limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of an evaluation and where they are from."""
-
-    rows: Dataset
-    path: str
 
 
 @dataclass(frozen=True)
@@ -118,7 +110,7 @@ def evaluate(
     return labelled(trained, asked.task, table, batch_size, progress)
 
 
-def load(trained: Trained, asked: Asked) -> Table:
+def load(trained: Trained, asked: Asked) -> Excerpt:
     """Returns the rows that are asked for; where no place is told, the run's own."""
     path, config, split, alone = asked.path, asked.config, asked.split, True
     if path is None:
@@ -126,8 +118,8 @@ def load(trained: Trained, asked: Asked) -> Table:
     split = split or ("test" if asked.task == GSM8K else "validation")
     config = config or config_for(path, asked.task)
     glance(path, config, split)
-    rows = load_rows(path, config, split, alone=alone)
-    return Table(rows if asked.limit is None else rows.select(range(min(asked.limit, len(rows)))), path)
+    found = excerpt(path, config, split, alone=alone)
+    return found if asked.limit is None else found.select(np.arange(min(asked.limit, len(found.rows))))
 
 
 def own_place(trained: Trained, asked: Asked) -> tuple[str, str | None, str | None, bool]:
@@ -159,7 +151,7 @@ def config_for(path: str, task: str) -> str | None:
 
 
 def answered(
-    trained: Trained, table: Table, sampling: Sampling, batch_size: int, progress: Progress, hear: Hear
+    trained: Trained, table: Excerpt, sampling: Sampling, batch_size: int, progress: Progress, hear: Hear
 ) -> Result:
     """Asks every adapter the questions of GSM8K."""
     questions, golds = text_of(table.rows, "question", table.path), gold_numbers(table)
@@ -183,14 +175,15 @@ def answered(
     return Result(GSM8K, "accuracy", len(prompts), scores, notes_of(said, lines, sampling))
 
 
-def gold_numbers(table: Table) -> list[str]:
+def gold_numbers(table: Excerpt) -> list[str]:
     """Returns the numbers of the gold answers; raises with the first row that has none."""
     numbers = []
     for row, answer in enumerate(text_of(table.rows, "answer", table.path)):
         number = gold_number(answer)
         if number is None:
             raise UserError(
-                f"Row {row} of '{table.path}' has no number after {GOLD} in column 'answer'; correct or remove it."
+                f"Row {table.number(row)} of {table.where} has no number after {GOLD} in column 'answer'; correct or "
+                "remove it."
             )
         numbers.append(number)
     return numbers
@@ -213,7 +206,7 @@ def progress_of(progress: Progress, whose: str, num_rows: int) -> Callable[[int]
     return lambda done: progress(whose, done, num_rows)
 
 
-def labelled(trained: Trained, task: str, table: Table, batch_size: int, progress: Progress) -> Result:
+def labelled(trained: Trained, task: str, table: Excerpt, batch_size: int, progress: Progress) -> Result:
     """Lets every adapter tell the labels of the rows of a task of GLUE."""
     columns, metric, files = columns_of(trained, task), TASKS[task].metric, trained.files()
     names = columns.names or ()
@@ -259,7 +252,7 @@ def order_of(trained: Trained, task: str, names: Sequence[str], num_labels: int)
     raise UserError(f"{trained.place} tells {told}, and {task} has {', '.join(names)}; evaluate it on its own task.")
 
 
-def tokenized(trained: Trained, files: Files, columns: Columns, table: Table) -> TokenSource:
+def tokenized(trained: Trained, files: Files, columns: Columns, table: Excerpt) -> TokenSource:
     """Returns the rows as tokens, cut as in training where that is known."""
     task = trained.recipe.task if trained.recipe is not None else None
     length, side = (task.max_length, task.truncation_side) if task is not None else (MAX_LENGTH, "right")

@@ -55,7 +55,6 @@ class Tables:
 
     owners: list[int]
     """Whose table each peer's rows are in, of all peers or (each with its own) of those hosted."""
-    paths: Mapping[int, str]
     excerpts: Mapping[int, Excerpt]
     shared: bool
     everywhere: bool
@@ -64,6 +63,10 @@ class Tables:
     @property
     def rows(self) -> dict[int, Dataset]:
         return {i: excerpt.rows for i, excerpt in self.excerpts.items()}
+
+    @property
+    def paths(self) -> dict[int, str]:
+        return {i: excerpt.path for i, excerpt in self.excerpts.items()}
 
 
 def tables_of(recipe: Recipe, hosted: Iterable[int]) -> Tables:
@@ -74,7 +77,7 @@ def tables_of(recipe: Recipe, hosted: Iterable[int]) -> Tables:
     owners = [0] * len(everyone) if shared else list(hosted)
     paths = {i: sources.peer_path(data.per_peer or str(data.path), i) for i in dict.fromkeys(owners)}
     excerpts = {i: sources.excerpt(path, data.config, data.train) for i, path in paths.items()}
-    return Tables(owners, paths, excerpts, shared, shared or len(owners) == len(everyone))
+    return Tables(owners, excerpts, shared, shared or len(owners) == len(everyone))
 
 
 def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data:
@@ -92,16 +95,13 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
         return [" ".join(parts) for parts in zip(*own, strict=True)]
 
     if tables.shared:
-        path, rows = tables.paths[0], tables.rows[0]
-        whole = partition.Table(
-            labels[0], lambda name: sources.column(rows, name, path), lambda: read[0].lengths, texts
-        )
+        whole = partition.Table(labels[0], tables.excerpts[0].filled, lambda: read[0].lengths, texts)
         parts = share_out(recipe, whole)
     else:
         parts = [np.arange(len(labels[i])) for i in tables.owners]
 
-    def held_out(path: str, excerpt: Excerpt) -> Source:
-        return tokens.source(excerpt.rows, columns, names, path)
+    def held_out(excerpt: Excerpt) -> Source:
+        return tokens.source(excerpt.rows, columns, names, excerpt.path)
 
     return data_of(recipe, hosted, tables, read, parts, names, labels, held_out)
 
@@ -130,39 +130,36 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
         raise UserError("task.tokens seed has no effect on this base, whose tokenizer lacks none of them; remove it.")
     tokens = CausalTokenization(tokenizer, digest, limit, task.truncation_side, task.format, task.bad_rows)
 
-    def read_in(path: str, excerpt: Excerpt) -> CausalRows:
-        return tokens.rows(excerpt.rows, path, excerpt.split, excerpt.first)
-
-    read = {i: read_in(tables.paths[i], excerpt) for i, excerpt in tables.excerpts.items()}
+    read = {i: tokens.rows(excerpt) for i, excerpt in tables.excerpts.items()}
     names: tuple[str, ...] = ("rows",)
     labels = {i: np.zeros(len(own.kept), dtype=np.int64) for i, own in read.items()}
     if tables.shared:
-        names, labels[0], parts = shared_of(recipe, read[0], tables.rows[0], tables.paths[0])
+        names, labels[0], parts = shared_of(recipe, read[0], tables.excerpts[0])
     else:
         parts = [np.arange(len(labels[i])) for i in tables.owners]
-    held_out = dict[str, CausalRows]()
+    held_out = list[CausalRows]()
 
-    def source_of(path: str, excerpt: Excerpt) -> Source:
-        held_out[path] = read_in(path, excerpt)
-        return held_out[path].source
+    def source_of(excerpt: Excerpt) -> Source:
+        held_out.append(tokens.rows(excerpt))
+        return held_out[-1].source
 
     sources_read = {i: own.source for i, own in read.items()}
     data = data_of(recipe, hosted, tables, sources_read, parts, names, labels, source_of)
     # rows are told by their numbers in the table, so that they are the same rows where others are left out
     numbers = [read[0].kept[part] for part in parts] if tables.shared else None
-    notes = notes_of("training", read.values(), limit) | notes_of("validation", held_out.values(), limit)
+    notes = notes_of("training", read.values(), limit) | notes_of("validation", held_out, limit)
     return replace(data, num_rows=sum(map(len, tables.rows.values())), rows=numbers, notes=notes)
 
 
-def shared_of(recipe: Recipe, own: CausalRows, rows: Dataset, path: str) -> tuple[tuple[str, ...], Rows, list[Rows]]:
+def shared_of(recipe: Recipe, own: CausalRows, excerpt: Excerpt) -> tuple[tuple[str, ...], Rows, list[Rows]]:
     """Returns the names of the groups that kept rows were put into, the group of each, and each peer's kept rows."""
-    kept, how = rows.select(own.kept), recipe.data.partition
+    how = recipe.data.partition
     nothing = np.zeros(len(own.kept), dtype=np.int64)
     if how.kind == "saved":  # numbers of the table
-        whole = partition.Table(np.zeros(len(rows), dtype=np.int64), lambda name: (), labelled=False)
-        return ("rows",), nothing, [among(own.kept, part, path) for part in share_out(recipe, whole)]
+        whole = partition.Table(np.zeros(len(excerpt.rows), dtype=np.int64), lambda name: (), labelled=False)
+        return ("rows",), nothing, [among(own.kept, part, excerpt) for part in share_out(recipe, whole)]
     table = partition.Table(
-        nothing, lambda name: sources.column(kept, name, path), lambda: own.source.lengths, lambda: own.contents, False
+        nothing, excerpt.select(own.kept).filled, lambda: own.source.lengths, lambda: own.contents, False
     )
     groups = partition.grouped(how, table, partition_seed(recipe))
     if groups is None:
@@ -170,11 +167,14 @@ def shared_of(recipe: Recipe, own: CausalRows, rows: Dataset, path: str) -> tupl
     return groups.names, groups.ids, share_out(recipe, replace(table, labels=groups.ids))
 
 
-def among(kept: Rows, part: Rows, path: str) -> Rows:
+def among(kept: Rows, part: Rows, excerpt: Excerpt) -> Rows:
     """Returns where rows of a table are among those that are kept; raises where one of them is left out."""
     places = np.minimum(np.searchsorted(kept, part), len(kept) - 1)
     for number in part[kept[places] != part]:
-        raise UserError(f"Row {number} of '{path}' is a saved peer's, and is left out here; keep task as it was.")
+        raise UserError(
+            f"Row {excerpt.number(number)} of {excerpt.where} is a saved peer's, and is left out here; keep task as "
+            "it was."
+        )
     return places
 
 
@@ -190,7 +190,7 @@ def notes_of(what_for: str, tables: Collection[CausalRows], limit: int) -> dict[
 
 def data_of(
     recipe: Recipe, hosted: Iterable[int], tables: Tables, read: Mapping[int, Source], parts: Sequence[Rows],
-    names: tuple[str, ...], labels: Mapping[int, Rows], held_out: Callable[[str, Excerpt], Source],
+    names: tuple[str, ...], labels: Mapping[int, Rows], held_out: Callable[[Excerpt], Source],
 ) -> Data:  # fmt: skip
     """Returns the shards of the hosted peers; `parts` are each peer's rows, `held_out` makes tokens of a table."""
     owners = tables.owners
@@ -202,9 +202,7 @@ def data_of(
     return Data(own, names, counts, sum(map(len, labels.values())), list(parts) if tables.shared else None)
 
 
-def validation_shards(
-    recipe: Recipe, held_out: Callable[[str, Excerpt], Source], ids: Iterable[int]
-) -> dict[int, Shard]:
+def validation_shards(recipe: Recipe, held_out: Callable[[Excerpt], Source], ids: Iterable[int]) -> dict[int, Shard]:
     """Returns each peer's validation rows: one table for all, or a table of its own."""
     data, loaded, apart = recipe.data, dict[str, Source](), is_path(recipe.data.validation)
     shards = {}
@@ -214,7 +212,7 @@ def validation_shards(
         else:
             path, split_name, config = str(data.path), data.validation, data.config
         if path not in loaded:
-            loaded[path] = held_out(path, sources.excerpt(path, config, split_name, alone=apart))
+            loaded[path] = held_out(sources.excerpt(path, config, split_name, alone=apart))
         source = loaded[path]
         shards[i] = evaluation_shard(recipe, source, np.arange(len(source.lengths)))
     return shards

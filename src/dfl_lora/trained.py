@@ -45,7 +45,8 @@ class Trained:
         """Finds the base; raises where it is not to be had."""
         if folder.find(self.base) is None and not hub.settle("model", self.base):
             raise UserError(
-                f"The base of {self.place}, {self.base}, is not here and cannot be fetched; give its place with --base."
+                f"The base of {self.place}, {self.base}, is not here and cannot be fetched; give a folder that holds "
+                "it with --base."
             )
         return locate(self.base, self.revision)
 

@@ -49,7 +49,7 @@ def split(
     """
     from dfl_lora.choices import choice, options_of
     from dfl_lora.data.partition import PARTITIONS
-    from dfl_lora.data.sources import load_rows
+    from dfl_lora.data.sources import excerpt
     from dfl_lora.data.splits import earlier, shared_out, write_split
     from dfl_lora.reading import parse
 
@@ -65,9 +65,9 @@ def split(
         how = how.model_copy(update={"alpha": ALPHA if alpha is None else alpha})
     earlier(output_path, overwrite)  # before the work
     columns = columns_of(dataset, task, label)
-    rows = load_rows(dataset_path, config, source)
-    parts = shared_out(rows, columns, dataset_path, how, num_clients, seed, min_size)
-    write_split(rows, parts, output_path, overwrite)
+    found = excerpt(dataset_path, config, source)
+    parts = shared_out(found, columns, how, num_clients, seed, min_size)
+    write_split(found.rows, parts, output_path, overwrite)
     print(f"{num_clients} clients in {output_path}: {', '.join(str(len(part)) for part in parts)} rows")
 
 

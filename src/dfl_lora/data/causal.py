@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import Rows, TokenSource
 from dfl_lora.data.formats import FILLED, REFUSED, REWRITTEN, BadRow, Format, Segment, Turn, format_of
-from dfl_lora.data.sources import column
+from dfl_lora.data.sources import Excerpt, column
 from dfl_lora.data.token_cache import cached
 from dfl_lora.errors import UserError
 
@@ -70,11 +70,9 @@ class CausalTokenization:
     format: str | None
     bad_rows: Literal["refuse", "skip"]
 
-    def rows(self, rows: Dataset, path: str, split: str = "", first: int = 0) -> CausalRows:
-        """Tokenises rows once and returns them memory-mapped from a private cache, named by their content.
-
-        Bad rows are told as those of the split, of which the first of `rows` is number `first`.
-        """
+    def rows(self, excerpt: Excerpt) -> CausalRows:
+        """Tokenises rows once and returns them memory-mapped from a private cache, named by their content."""
+        rows, path = excerpt.rows, excerpt.path
         how = format_of(rows.column_names, self.format, path)
         if how.needs_chat:
             self.check_template()
@@ -86,8 +84,7 @@ class CausalTokenization:
         kept = [spelt[i] for i in arrays["kept"]]
         bad |= dict.fromkeys({row.number for row in spelt} - {row.number for row in kept}, FILLED)
         if bad and (self.bad_rows == "refuse" or not kept):
-            where = f"'{path}' ({split})" if split else f"'{path}'"
-            raise self.refused({first + number: why for number, why in bad.items()}, len(rows), where)
+            raise self.refused({excerpt.number(row): why for row, why in bad.items()}, len(rows), excerpt.where)
         return CausalRows(
             self.source(arrays, key),
             np.array([row.number for row in kept], dtype=np.int64),

@@ -54,12 +54,10 @@ def by_length(lengths: Rows, groups: int) -> Grouped:
     return Grouped(ids, tuple(span(values[a], values[b - 1]) for a, b in pairwise([*starts, len(values)])))
 
 
-def by_value(values: Sequence[object], column: str) -> Grouped:
-    """Returns a group for each value of a column, in the order in which they occur; raises where a row has none."""
+def by_value(values: Sequence[object]) -> Grouped:
+    """Returns a group for each value of a column, in the order in which they occur."""
     numbers, names, ids = dict[str, int](), list[str](), list[int]()
-    for row, value in enumerate(values):
-        if value is None:
-            raise UserError(f"Row {row} has no value in column '{column}', so it is in no group; fill or remove it.")
+    for value in values:
         if (key := repr(value)) not in numbers:
             numbers[key] = len(names)
             names.append(str(value))

@@ -42,7 +42,8 @@ DRAWS, DRAWS_EACH, DRAWS_OF_SIZES, LOOKED_AT = 220, 11, 1000, 50
 
 @dataclass(frozen=True)
 class Table:
-    """The rows to share out: their labels [rows] (all 0 where there are none), and any other column by its name.
+    """The rows to share out: their labels [rows] (all 0 where there are none), and any other column by its name,
+    which has a value in each row.
 
     What else they hold is asked for where a partition needs it: lengths in tokens [rows] and texts (None: there are
     none). Groups that were made of them are kept in `made`, since topics take seconds.
@@ -155,7 +156,7 @@ def pathological(
 def natural(table: Table, num_peers: int, seed: int, min_size: int, *, column: str) -> list[Rows]:
     """Whole groups of a column's value: largest first, each to the peer with the fewest rows, ties drawn."""
     enough(len(table), num_peers, min_size)
-    found = by_value(table.column(column), column)
+    found = by_value(table.column(column))
     groups = np.split(np.argsort(found.ids, kind="stable"), np.cumsum(np.bincount(found.ids))[:-1])
     if len(groups) < num_peers:
         raise UserError(
@@ -278,7 +279,7 @@ def grouped(how: Choice, table: Table, seed: int) -> Grouped | None:
     """
     if how.kind == "natural":
         column = str(how.options["column"])
-        found = by_value(table.column(column), column)
+        found = by_value(table.column(column))
         return found if len(found.names) <= LOOKED_AT else None
     return groups_of(how.kind, table, how.options["groups"], seed) if how.kind in GROUPS else None
 

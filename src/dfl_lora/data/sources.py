@@ -6,15 +6,17 @@ or a new line, as in GLUE's own files. The split `validation` of data that has t
 
 import csv
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, ReadInstruction, get_dataset_config_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from numpy.typing import NDArray
 from pandas.errors import EmptyDataError, ParserWarning
 
 from dfl_lora.data.generator import BUILTINS as BUILTINS
@@ -54,13 +56,37 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The rows of a split, or of a slice of it."""
+    """The rows of a split, or some of them."""
 
     rows: Dataset
-    split: str
+    path: str
+    split: str = ""
     """As it was asked for; empty where the rows are a table without splits."""
-    first: int
-    """Which row of the split the first one is."""
+    numbers: Sequence[int] | None = None
+    """Which rows of the split these are; None: the first ones."""
+
+    @property
+    def where(self) -> str:
+        """Where the rows are from, in words."""
+        return f"'{self.path}' ({self.split})" if self.split else f"'{self.path}'"
+
+    def number(self, row: int) -> int:
+        """Returns which row of the split one of these is."""
+        return row if self.numbers is None else int(self.numbers[row])
+
+    def select(self, rows: NDArray[np.int64]) -> "Excerpt":
+        """Returns some of the rows, by their numbers among these."""
+        return replace(self, rows=self.rows.select(rows), numbers=[self.number(row) for row in rows])
+
+    def filled(self, name: str) -> list[object]:
+        """Returns a column as a list; raises with the first row that has no value in it."""
+        values = column(self.rows, name, self.path)
+        if None in values:
+            raise UserError(
+                f"Row {self.number(values.index(None))} of {self.where} has no value in column '{name}', so it is in "
+                "no group; fill or remove it."
+            )
+        return values
 
 
 def load_rows(path: str, config: str | None, split: str, *, alone: bool = False) -> Dataset:
@@ -140,7 +166,7 @@ def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Exce
     name, cut = name_and_slice(split)
     rows = loaded if isinstance(loaded, Dataset) else loaded[split_among(loaded, name, path)]
     if cut is None:
-        return Excerpt(rows, "" if isinstance(loaded, Dataset) else split, 0)
+        return Excerpt(rows, path, "" if isinstance(loaded, Dataset) else split)
     try:
         (part,) = ReadInstruction.from_spec(f"rows{cut}").to_absolute({"rows": len(rows)})
     except (ValueError, AssertionError):
@@ -149,7 +175,7 @@ def pick(loaded: Dataset | Mapping[str, Dataset], split: str, path: str) -> Exce
             f"write such as {name}[:1000], {name}[-500:] or {name}[10%:20%]."
         ) from None
     chosen = range(len(rows))[part.from_ : part.to]
-    return Excerpt(rows.select(chosen or []), split, chosen.start)  # the library refuses a range that is empty
+    return Excerpt(rows.select(chosen or []), path, split, chosen)  # the library refuses a range that is empty
 
 
 def column(rows: Dataset, name: str, path: str) -> list[object]:

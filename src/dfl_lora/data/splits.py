@@ -17,7 +17,7 @@ from dfl_lora.choices import Choice
 from dfl_lora.data import partition
 from dfl_lora.data.glue import TASKS, Columns
 from dfl_lora.data.partition import Rows
-from dfl_lora.data.sources import column
+from dfl_lora.data.sources import Excerpt, column
 from dfl_lora.data.tasks import common_names, label_ids, label_names
 from dfl_lora.errors import UserError, nearest
 
@@ -51,9 +51,10 @@ def label_columns(task: str | None, label: str) -> Columns:
 
 
 def shared_out(
-    rows: Dataset, columns: Columns | None, path: str, how: Choice, num_clients: int, seed: int, min_size: int
+    excerpt: Excerpt, columns: Columns | None, how: Choice, num_clients: int, seed: int, min_size: int
 ) -> list[Rows]:
     """Returns the row numbers of each client; without label columns, dirichlet is that of sizes."""
+    rows, path = excerpt.rows, excerpt.path
     if columns is not None:
         labels = label_ids(rows, columns, label_names(rows, columns, path), path)
     elif how.kind in partition.BY_LABEL - {"dirichlet"}:
@@ -66,7 +67,7 @@ def shared_out(
         labels = np.zeros(len(rows), dtype=np.int64)
     table = partition.Table(
         labels,
-        lambda name: column(rows, name, path),
+        excerpt.filled,
         lambda: lengths(joined_texts(rows, columns, path)),
         lambda: joined_texts(rows, columns, path),
     )

@@ -23,10 +23,10 @@ def put_on(model: PreTrainedModel, files: Files, adapter: Path) -> PeftModel:
         try:
             worn = PeftModel.from_pretrained(model, str(adapter))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise damaged(adapter, " ".join(str(error).split())) from None
+            raise unfit(adapter, files, " ".join(str(error).split())) from None
         apart = sorted(set(get_peft_model_state_dict(worn, save_embedding_layers=False)) ^ set(tensors))
     if apart:
-        raise damaged(adapter, f"its tensors differ in {apart[0]}")
+        raise unfit(adapter, files, f"its tensors differ in {apart[0]}")
     return worn.eval()
 
 
@@ -52,8 +52,12 @@ def merge(adapter: Path, files: Files, labels: Sequence[str], to: Path) -> None:
     load_tokenizer(own).save_pretrained(to)
 
 
-def damaged(adapter: Path, why: str) -> UserError:
-    return UserError(f"The adapter in {adapter} is damaged ({why}); export it again.")
+def unfit(adapter: Path, files: Files, why: str) -> UserError:
+    """Returns the sentence for an adapter whose base has the right weights, and still they do not fit."""
+    return UserError(
+        f"The adapter in {adapter} does not fit {files.name} ({why}); one of them is damaged: export the adapter "
+        "again, or see whether the base's config.json is its own."
+    )
 
 
 def worn_in_turn(base: PreTrainedModel, files: Files, adapters: Mapping[str, Path | None]) -> Iterator[tuple[str, Any]]:

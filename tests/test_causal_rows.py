@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dfl_lora.data.causal import CausalRows, CausalTokenization, opening_tokens, render, trained_spans
 from dfl_lora.data.formats import ASK, EMPTY, FILLED, NO_FINAL, NO_TEXT, REFUSED, REWRITTEN
+from dfl_lora.data.prompts import turns_tokens
 from dfl_lora.data.sources import Excerpt, load_rows
 from dfl_lora.errors import UserError
 from real import real
@@ -159,12 +160,17 @@ def test_turns_without_a_chat_template_are_refused(form: str, bad_rows: Literal[
         )
 
 
-@pytest.mark.parametrize("template", [STRICT, BREAKING])
-def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [(STRICT, "System role not supported"), (BREAKING, 'can only concatenate str (not "int") to str')],
+)
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(template: str, why: str) -> None:
     system = [{"role": "system", "content": "s"}, *TURNS]
     rows = Dataset.from_dict({"messages": [TURNS, system]})
     made = tokenization(bytes_tokenizer(template), bad_rows="skip").rows(Excerpt(rows, "here"))
-    assert made.bad == {REFUSED: 1} and made.kept.tolist() == [0]
+    assert made.bad == {f"{REFUSED} ({why})": 1} and made.kept.tolist() == [0]
+    with pytest.raises(UserError, match="use a model with another chat template"):
+        tokenization(bytes_tokenizer(template)).rows(Excerpt(rows, "here"))
 
 
 def test_a_conversation_of_which_the_template_writes_earlier_turns_anew_is_skipped_or_refused() -> None:
@@ -385,3 +391,14 @@ def test_stories_are_cut_to_what_the_model_reads() -> None:
     made = replace(how, max_length=256).rows(Excerpt(rows, "tinystories"))
     assert made.source.lengths.tolist() == np.minimum(whole, 256).tolist()
     assert made.num_cut == int((whole > 256).sum()) > 0
+
+
+def test_a_conversation_is_given_to_a_model_in_the_tokens_of_its_training() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(*real("models/stories260K-llama"))  # it puts a space before each text
+    tokenizer.chat_template = TEMPLATE
+    turns = [*TURNS, {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]
+    (ids,) = [tokenization(tokenizer).rows(Excerpt(Dataset.from_dict({"messages": [turns]}), "here")).source]
+    row = ids.columns["input_ids"].tolist()
+    for told in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+        prompt = turns_tokens(tokenizer, turns[:told])
+        assert prompt == row[: len(prompt)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from decoders import recipe
@@ -17,11 +18,12 @@ from dfl_lora.data.batches import TokenSource
 from dfl_lora.fitting import fitted, largest, roughly
 from dfl_lora.learners.stacked import StackedLearner
 from dfl_lora.memory import estimate
-from dfl_lora.models.base import quiet
+from dfl_lora.models.base import locate, max_tokens, quiet
 from dfl_lora.models.causal import head_of, hidden_states
 from dfl_lora.models.packing import Packing
 from dfl_lora.reading import load_recipe, resolve
 from encoders import equal_bits
+from speaking import write_llama
 from tiny import call, written
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +208,57 @@ def test_a_family_that_the_engine_cannot_read_is_refused(
     assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert f"cannot read models of the family {family}" in said and said.count("\n") == 1
+
+
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "longest"),
+    [
+        ({"rope_parameters": LONG_ROPE}, 16),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 64),
+        ({"attention_chunk_size": 24}, 24),
+    ],
+)  # fmt: skip
+def test_rows_are_cut_where_a_decoder_would_read_longer_ones_otherwise(
+    change: dict[str, Any], longest: int, tmp_path: Path
+) -> None:
+    files = locate(str(write_llama(tmp_path / "llama")))
+    config = tmp_path / "llama/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 64} | change))
+    assert max_tokens(files, "causal_lm") == longest
+
+
+def test_a_tokenizer_of_more_words_than_the_base_has_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = recipe(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    size = json.loads((tmp_path / "model/config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(size - len(tokenizer))])
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "give a base that was saved with this tokenizer" in said and said.count("\n") == 1
+
+
+def test_a_lacking_token_that_is_a_word_already_is_set_and_nothing_is_added(tmp_path: Path) -> None:
+    content = recipe(tmp_path, task={"tokens": "seed"}, train={"rounds": 1})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["[PAD]", "<unk>"])
+    assert tokenizer.pad_token is None and tokenizer.unk_token is None
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert call("run", written(tmp_path / "recipe.yaml", content), "--out", tmp_path / "run", "--json") == 0
+    assert not any("embed" in name for name in load_file(tmp_path / "run/adapters/consensus/adapter_model.safetensors"))
 
 
 def test_check_marks_the_trained_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

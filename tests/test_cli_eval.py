@@ -397,6 +397,28 @@ def test_one_prompt_has_one_answer(ground: Ground, capsys: pytest.CaptureFixture
         assert said.out == f"{reply(ground.base, ground.run / 'adapters' / name, tokens)}\n" and said.err == ""
 
 
+def test_what_is_not_in_utf_8_is_refused(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = b"a\xff".decode(errors="surrogateescape")  # as the words of a command and its input are read
+    assert call("chat", ground.run, "--consensus", *SHORT, "--prompt", typed) == 2
+    assert capsys.readouterr().err == "dfl-lora: What was typed is not in UTF-8; type it in UTF-8.\n"
+
+
+def test_an_adapter_of_plain_peft_is_taken(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = ground.run / "adapters" / "peer-001"
+    assert call("chat", adapter, "--base", ground.base, *SHORT, "--prompt", "Hello") == 0
+    own = capsys.readouterr().out
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_mapping": None}))
+    assert call("chat", adapter, "--base", ground.base, *SHORT, "--prompt", "Hello") == 0
+    assert capsys.readouterr().out == own
+
+
+def test_a_run_is_asked_the_questions_that_it_held_out(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ground.run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("validation: test", "validation: 'test[1:3]'"))
+    assert result_of(capsys, ground.run, *ground.gsm8k, "--consensus")["rows"] == 2
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_conversation_ends_at_an_empty_line_and_is_read_again_where_a_template_tells_who_speaks(
     template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

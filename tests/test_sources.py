@@ -310,6 +310,24 @@ def test_words_that_mean_nothing_to_a_library_of_tables_are_text(ending: str, tm
     assert rows["sentence"][:] == rows["label"][:] == words
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_is_read_as_it_is_written_whatever_its_other_rows(ending: str, tmp_path: Path) -> None:
+    rows = [row.split(" ") for row in ("words label truth whole gap", "1.50 0 true 7 1", "007 1 false -12 ")]
+    text = "".join(("," if ending == "csv" else "\t").join(row) + "\n" for row in rows)
+    wanted = {
+        "words": ["1.50", "007"],
+        "label": [0, 1],
+        "truth": ["true", "false"],
+        "whole": [7, -12],
+        "gap": ["1", None],
+    }
+    for place in (tmp_path / f"rows.{ending}", tmp_path / "folder" / f"train.{ending}"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text)
+    for path in (tmp_path / f"rows.{ending}", tmp_path / "folder"):
+        assert load_rows(str(path), None, "train").to_dict() == wanted
+
+
 def test_a_row_is_told_by_its_number_in_the_split(tmp_path: Path) -> None:
     rows = [{"sentence": "a", "user": None if i == 7 else f"u{i}"} for i in range(10)]
     lines(tmp_path / "rows.jsonl", rows)

@@ -130,8 +130,7 @@ def own_place(trained: Trained, asked: Asked) -> tuple[str, str | None, str | No
         if is_path(held_out) and "{" not in held_out:
             return held_out, asked.config, asked.split, True
         if data.path is not None and not is_path(held_out):
-            own = None if asked.task == GSM8K else held_out
-            return data.path, asked.config or data.config, asked.split or own, False
+            return data.path, asked.config or data.config, asked.split or held_out, False
     raise UserError(f"{trained.place} does not say where rows of {asked.task} are; give their place with --data.")
 
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from dfl_lora.data import partition, sources, tasks
-from dfl_lora.data.batches import Rows, Shard, Source, VectorSource
+from dfl_lora.data.batches import Rows, Shard, Source, TokenSource, VectorSource
 from dfl_lora.data.causal import CausalRows, CausalTokenization
 from dfl_lora.data.labels import check_several, occurring
 from dfl_lora.data.sources import Excerpt
@@ -103,7 +103,24 @@ def text_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Data
     def held_out(excerpt: Excerpt) -> Source:
         return tokens.source(excerpt.rows, columns, names, excerpt.path)
 
-    return data_of(recipe, hosted, tables, read, parts, names, labels, held_out)
+    data = data_of(recipe, hosted, tables, read, parts, names, labels, held_out)
+    check_words(data, bases.num_words(files), files)
+    return data
+
+
+def check_words(data: Data, num_words: int, files: bases.Files) -> None:
+    """Raises where rows have words for which the base has no embeddings: its tokenizer is not its own."""
+    sources = {
+        id(shard.source): shard.source for shard in (*data.peers.train.values(), *data.peers.validation.values())
+    }
+    for source in sources.values():
+        assert isinstance(source, TokenSource)
+        largest = int(source.columns["input_ids"].max())
+        if largest >= num_words:
+            raise UserError(
+                f"The tokenizer of {files.name} writes token {largest}, and the base has embeddings for {num_words} "
+                "words; give a base that was saved with this tokenizer."
+            )
 
 
 def labels_in(tables: Tables, columns: tasks.Columns) -> tuple[tuple[str, ...], dict[int, Rows]]:
@@ -126,7 +143,7 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
     tables, task = tables_of(recipe, hosted), recipe.task
     limit = min(task.max_length, bases.max_tokens(files, task.kind))
     tokenizer, digest = bases.load_tokenizer(files, task.tokens), f"{files.tokenizer} {task.tokens or ''}"
-    if task.tokens and len(tokenizer) == len(bases.load_tokenizer(files)):
+    if task.tokens and not bases.lacking(bases.load_tokenizer(files)):
         raise UserError("task.tokens seed has no effect on this base, whose tokenizer lacks none of them; remove it.")
     tokens = CausalTokenization(tokenizer, digest, limit, task.truncation_side, task.format, task.bad_rows)
 
@@ -145,6 +162,7 @@ def causal_data(recipe: Recipe, files: bases.Files, hosted: Iterable[int]) -> Da
 
     sources_read = {i: own.source for i, own in read.items()}
     data = data_of(recipe, hosted, tables, sources_read, parts, names, labels, source_of)
+    check_words(data, max(bases.num_words(files), len(tokenizer) if task.tokens else 0), files)
     # rows are told by their numbers in the table, so that they are the same rows where others are left out
     numbers = [read[0].kept[part] for part in parts] if tables.shared else None
     notes = notes_of("training", read.values(), limit) | notes_of("validation", held_out, limit)

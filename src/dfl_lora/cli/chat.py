@@ -45,6 +45,15 @@ def chat(
         turns.append({"role": "assistant", "content": text})
 
 
+def is_text(typed: str) -> bool:
+    """Tells whether all that was typed could be read: what could not stands for itself, in letters that are none."""
+    try:
+        typed.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lines() -> Iterator[str]:
     """Yields lines of the standard input up to an empty one, with a mark before each where a person types."""
     asks = sys.stdin.isatty()
@@ -59,6 +68,8 @@ def lines() -> Iterator[str]:
 
 def answer(talking: "Speaker", turns: "list[Turn]") -> str:
     """Returns the answer to the last turn; says so where the first ones were too much to read."""
+    if not is_text(turns[-1]["content"]):
+        raise UserError("What was typed is not in UTF-8; type it in UTF-8.")
     said = talking.reply(turns)
     if said.cut:
         print("The beginning was too long for the model and was left out.", file=sys.stderr)

@@ -125,8 +125,8 @@ class CausalTokenization:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
             )
-        except Exception:  # whatever a template raises, such as for two turns of one role, or a system turn
-            raise BadRow(REFUSED) from None
+        except Exception as error:  # whatever a template raises, such as for two turns of one role, or a system turn
+            raise BadRow(f"{REFUSED} ({said_by(error)})") from None
         return text
 
     def key(self, how: Format, spelt: Sequence[Spelt]) -> str:
@@ -197,7 +197,7 @@ class CausalTokenization:
         advice = [f"clean the {'row' if len(bad) == 1 else 'rows'}"]
         if FILLED in bad.values():
             advice.append(f"raise task.max_length, here {self.max_length}")
-        if REWRITTEN in bad.values():
+        if any(why == REWRITTEN or why.startswith(REFUSED) for why in bad.values()):
             advice.append("use a model with another chat template")
         if len(bad) < num_rows:
             advice.append("set task.bad_rows to skip")
@@ -206,6 +206,11 @@ class CausalTokenization:
             f"{len(bad):,} of the {num_rows:,} rows of {where} cannot be trained on: {why}; the first is row {first}. "
             f"To go on, {', '.join(advice)}{last}."
         )
+
+
+def said_by(error: Exception) -> str:
+    """Returns what a chat template says against a conversation, in one line."""
+    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
 
 
 def content_of(value: object) -> str:

@@ -22,6 +22,7 @@ from dfl_lora.data.places import (
     BUILTIN_ROWS,
     ENDINGS,
     TOO_LONG,
+    WHOLE,
     broken_line,
     cannot_load,
     check_config,
@@ -38,10 +39,6 @@ LARGE = 64 * 2**20
 MANY = 2_000_000
 """Rows beyond which values are not read for a glance."""
 STEMS = ("train", "validation", "test")
-NUMBER = re.compile(r"-?\d+")
-FRACTION = re.compile(r"-?\d+(\.\d*)?")
-AMBIGUOUS = re.compile(r"(?i)[-+]?(inf|infinity|true|false|[\d.]+(e[-+]?\d+)?)|\s.*|.*\s")
-"""Values of a .csv that a library of tables may read as no text."""
 
 Read = Callable[[str], list[object] | None]
 
@@ -236,16 +233,10 @@ def separated(file: Path) -> Glance | None:
     return Glance(tuple(header), len(rows), read, {})
 
 
-def typed(values: Sequence[str]) -> list[object] | None:
-    """Returns a .csv column as numbers or as text, None for an empty one; None where it may be read otherwise."""
-    given = [value for value in values if value]
-    if all(NUMBER.fullmatch(value) for value in given):
-        numbers = [int(value) if value else None for value in values]
-        return None if any(abs(n or 0) >= 2**63 for n in numbers) else list(numbers)
-    if all(FRACTION.fullmatch(value) for value in given):
-        return [float(value) if value else None for value in values]
-    if any(AMBIGUOUS.fullmatch(value) for value in given):
-        return None
+def typed(values: Sequence[str]) -> list[object]:
+    """Returns a .csv column as whole numbers, or as text with None for an empty one: see `sources.as_written`."""
+    if all(re.fullmatch(WHOLE, value) for value in values):
+        return [int(value) for value in values]
     return [value or None for value in values]
 
 

@@ -1,5 +1,6 @@
 """Labels: names or whole numbers from 0, checked row by row and made into numbers."""
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from reprlib import repr as shortened
 from typing import cast
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from dfl_lora.data.glue import Columns
 from dfl_lora.errors import UserError
 
+WHOLE_FRACTION = re.compile(r"-?\d+\.0*")
 MOST_LABELS = 1000
 """A column that would make more labels is taken for a mistake, such as the numbers of the rows."""
 
@@ -47,8 +49,8 @@ def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Co
 
 def checked(values: Sequence[object], name: str, path: str) -> list[str | int]:
     """Returns a label column of names or whole numbers; raises with the first row that has neither."""
-    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int)]
-    if wrong:  # csv makes whole numbers fractions beside an empty one
+    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int) or WHOLE_FRACTION.fullmatch(str(v))]
+    if wrong:  # other software writes whole numbers as fractions beside an empty one
         row = values.index(None) if None in values else wrong[0]
         raise UserError(
             f"Row {row} of '{path}' has the label {values[row]!r} in column '{name}'; labels are names or whole "

@@ -17,6 +17,8 @@ PLACES = f"a folder, a {', '.join(ENDINGS)} file, a save_to_disk folder, {', '.j
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """What save_to_disk writes into a folder."""
 TOO_LONG = "its rows have more values than its header has names"
+WHOLE = r"^(0|-?[1-9][0-9]{0,17})$"
+"""A whole number of a table of text, which would be written so again."""
 SLICE = re.compile(r"([^\[\]+]+)(\[[^\[\]]*\])?")
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from dfl_lora.data.causal import DATE, opening_tokens
-from dfl_lora.data.formats import ASK, Turn
+from dfl_lora.data.causal import DATE, opening_tokens, said_by
+from dfl_lora.data.formats import ASK, BadRow, Turn, spoken
 from dfl_lora.errors import UserError
 
 
@@ -23,13 +23,30 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def turns_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
     """Returns a conversation as the chat template writes it, up to where the assistant speaks.
 
-    Without a chat template it is the text of the last turn alone.
+    As in training, what was answered so far is made into tokens apart. Without a chat template it is the text of the
+    last turn alone.
     """
     if tokenizer.chat_template is None:
         return text_tokens(tokenizer, turns[-1]["content"])
+
+    def chat(messages: Sequence[Turn], add_generation_prompt: bool) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
+            )
+        except Exception as error:  # whatever a template raises
+            raise BadRow(f"The chat template of the base model refuses the conversation: {said_by(error)}.") from None
+        return text
+
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, date_string=DATE)
-    except Exception as error:  # whatever a template raises
-        raise UserError(f"The chat template of the base model refuses the conversation: {error}.") from None
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokens
+        whole = chat(turns, True)
+    except BadRow as refusal:
+        raise UserError(str(refusal)) from None
+    try:
+        before = [segment.text for segment in spoken(turns, chat) if segment.text]
+    except BadRow:  # nothing was answered, or the template does not write turn after turn
+        before = []
+    known = "".join(before)
+    parts = [*before, whole[len(known) :]] if whole.startswith(known) else [whole]
+    pieces = tokenizer([part for part in parts if part], add_special_tokens=False, verbose=False)["input_ids"]
+    return [token for piece in pieces for token in piece]

@@ -10,20 +10,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from datasets import Dataset, ReadInstruction, get_dataset_config_names, load_dataset, load_from_disk
+import pandas
+import pyarrow
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    ReadInstruction,
+    Value,
+    get_dataset_config_names,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from numpy.typing import NDArray
 from pandas.errors import EmptyDataError, ParserWarning
+from pyarrow import compute
 
 from dfl_lora.data.generator import BUILTINS as BUILTINS
 from dfl_lora.data.generator import built_in
 from dfl_lora.data.places import (
     BUILTIN_ROWS,
     TOO_LONG,
+    WHOLE,
     broken_line,
     cannot_load,
     check_alone,
@@ -52,6 +65,8 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
 }
+
+Rows = TypeVar("Rows", Dataset, DatasetDict)
 
 
 @dataclass(frozen=True)
@@ -127,13 +142,44 @@ def read(path: str, place: Path, config: str | None) -> Dataset | Mapping[str, D
     if place.is_file():
         check_ending(place)
         reader, options = READERS[place.suffix]
-        return load_dataset(reader, data_files=str(place), split="train", **options)
+        text = as_text([place])
+        return as_written(load_dataset(reader, data_files=str(place), split="train", **options, **text), text)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         return load_from_disk(str(place))
-    endings = {file.suffix for file in place.rglob("*") if file.suffix in READERS}
+    files = sorted(file for file in place.rglob("*") if file.suffix in READERS)
+    endings = {file.suffix for file in files}
     if len(endings) != 1 or (config is None and len(get_dataset_config_names(str(place))) > 1):
         return load_dataset(str(place), config)  # of several configurations the library names all, but not with options
-    return load_dataset(str(place), config, **READERS[endings.pop()][1])
+    text = as_text(files)
+    return as_written(load_dataset(str(place), config, **READERS[endings.pop()][1], **text), text)
+
+
+def as_text(files: Sequence[Path]) -> dict[str, Features]:
+    """Returns the option by which tables of one header are read as text, as they are written; nothing for others.
+
+    What a reader guesses of numbers depends on other rows: beside an empty field 11 would become 11.0, and 1.50 is 1.5.
+    """
+    if files[0].suffix not in (".csv", ".tsv"):
+        return {}
+    options = READERS[files[0].suffix][1]
+    headers = {tuple(pandas.read_csv(file, nrows=0, **options).columns) for file in files}
+    return {"features": Features({name: Value("string") for name in headers.pop()})} if len(headers) == 1 else {}
+
+
+def as_written(loaded: Rows, text: Mapping[str, Features]) -> Rows:
+    """Returns tables that were read as text with numbers in columns of whole ones, of which nothing is lost by it."""
+    tables = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
+    for name in text.get("features", ()):
+        if all(is_whole(table.data.column(name)) for table in tables):
+            loaded = loaded.cast_column(name, Value("int64"))
+    return loaded
+
+
+def is_whole(column: pyarrow.ChunkedArray) -> bool:
+    """Tells a column of whole numbers, each written as it would be written again."""
+    return column.null_count == 0 and all(
+        compute.all(compute.match_substring_regex(chunk, WHOLE)).as_py() is not False for chunk in column.chunks
+    )
 
 
 @cache

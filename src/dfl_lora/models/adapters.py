@@ -150,9 +150,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_base(config: Mapping[str, Any], files: Files, folder: Path) -> None:
-    """Raises where an adapter was trained on other base weights."""
+    """Raises where an adapter was trained on other base weights; one that others wrote does not say on which."""
     wanted = (config.get("auto_mapping") or {}).get(BASE_DIGEST)
-    if wanted != files.weights:
+    if wanted not in (None, files.weights):
         raise UserError(
             f"The adapter in {folder} was trained on {config.get('base_model_name_or_path')} with weights "
             f"{str(wanted)[:12]}, but {files.name} has {files.weights[:12]}; give the base it was trained on."

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +31,8 @@ from dfl_lora.models import folder
 from dfl_lora.streams import torch_stream
 
 SEED_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+BY_LENGTH = ("longrope", "dynamic")
+"""Rotary embeddings whose angles depend on how long the row is."""
 UNLIMITED = 1 << 30
 """Tokens that a model without a longest sequence reads."""
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -90,18 +93,45 @@ def load_tokenizer(files: Files, tokens: str | None = None) -> PreTrainedTokeniz
     with readable(files):
         tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
     if tokens == "seed":
-        tokenizer.add_special_tokens({k: v for k, v in SEED_TOKENS.items() if getattr(tokenizer, k) is None})
+        tokenizer.add_special_tokens(lacking(tokenizer))
     return tokenizer
 
 
+def lacking(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Returns which of SEED_TOKENS a tokenizer does not have."""
+    return {name: token for name, token in SEED_TOKENS.items() if getattr(tokenizer, name) is None}
+
+
 def max_tokens(files: Files, kind: str = "classification") -> int:
-    """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index."""
+    """Returns the longest sequence the base can read; RoBERTa's positions start after its padding index.
+
+    A decoder that reads long rows otherwise than short ones is read up to where it begins to: rows that share a pass
+    are all read alike.
+    """
     with readable(files):
         config = AutoConfig.from_pretrained(files.path, trust_remote_code=False)
     folder.check_family(config.to_dict(), files.name, kind)
     longest = getattr(config, "max_position_embeddings", None)  # none where positions have no table
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type or "camembert" in config.model_type else 0
-    return UNLIMITED if longest is None else int(longest) - reserved
+    here = UNLIMITED if longest is None else int(longest) - reserved
+    return min(here, *alike_up_to(config.get_text_config()), UNLIMITED) if kind == "causal_lm" else here
+
+
+def alike_up_to(config: PretrainedConfig) -> list[int]:
+    """Returns lengths from which on a decoder turns positions by other angles, or attends in chunks."""
+    given = getattr(config, "rope_parameters", None) or {}
+    ropes = [given] if "rope_type" in given else [rope for rope in given.values() if isinstance(rope, dict)]
+    name = "original_max_position_embeddings"
+    known = [getattr(config, key, None) for key in (name, "max_position_embeddings")]
+    lengths = [[rope.get(name), *known] for rope in ropes if rope["rope_type"] in BY_LENGTH]
+    lengths.append([getattr(config, "attention_chunk_size", None)])
+    return [int(next(filter(None, some))) for some in lengths if any(some)]
+
+
+def num_words(files: Files) -> int:
+    """Returns for how many words the base has embeddings."""
+    with readable(files):
+        return int(AutoConfig.from_pretrained(files.path, trust_remote_code=False).get_text_config().vocab_size)
 
 
 def load_encoder(files: Files, num_labels: int, attention: str, dtype: torch.dtype, seed: int) -> Base:

@@ -80,7 +80,7 @@ def test_no_key_is_there_twice() -> None:
 
 def test_a_recipe_cites_what_it_uses_and_nothing_else() -> None:
     plain = {"hu2022lora", "xiao2005scheme", "lian2017dpsgd", "ghiasvand2025declora", "kingma2015adam"}
-    base = ("data.partition=iid", "peers.topology=ring", "method.schedule=lora")
+    base = ("data.partition=iid", "peers.topology=ring", "method={schedule: lora}")
     assert of(*base) == plain
     assert of(*base, "method.codec=choco") - plain == {"koloskova2019choco"}
     assert of(*base, "method.schedule=freeze_a") - plain == {"sun2024ffalora"}
@@ -91,7 +91,7 @@ def test_a_recipe_cites_what_it_uses_and_nothing_else() -> None:
 
 def test_what_has_no_effect_is_not_cited() -> None:
     """An exact mean has a graph and weights of its own; who is alone talks to nobody."""
-    base = ("data.partition=iid", "peers.topology=exponential", "method.schedule=lora")
+    base = ("data.partition=iid", "peers.topology=exponential", "method={schedule: lora}")
     assert of(*base, "method.mixer=exact") == {"hu2022lora", "mcmahan2017fedavg", "kingma2015adam"}
     assert of(*base, "peers.topology=none", "method.codec=top_k") == {"hu2022lora", "kingma2015adam"}
     assert of(*base, "peers.num_peers=1", "data.partition=dirichlet(alpha=0.1)") == {"hu2022lora", "kingma2015adam"}

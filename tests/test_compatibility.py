@@ -86,7 +86,7 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
 
 def recipe_of(case: dict[str, Any], more: dict[str, Any]) -> Recipe:
     parts = {part: {**case.get(part, {}), **more.get(part, {})} for part in {*case, *more}}
-    return resolve({**TOY, **parts})
+    return resolve({**TOY, "method": {"schedule": "lora"}, **parts})
 
 
 def test_every_row_has_a_case() -> None:
@@ -101,6 +101,15 @@ def test_what_does_not_go_together_is_refused_and_its_neighbour_is_not(pair: tup
     assert str(told.value) == f"{clash.one} does not go with {clash.other}: {clash.reason}."
     recipe = recipe_of(MEETING[pair], APART[pair])
     check_method(recipe, *talks_of(recipe))
+
+
+def test_who_said_no_method_is_told_which_there_is() -> None:
+    with pytest.raises(
+        UserError, match=r"use mixer plain\. \(A recipe that says no method has both k_gt and chebyshev"
+    ):
+        preflight(resolve({**TOY, "peers": {"topology": "random_matching"}}))
+    with pytest.raises(UserError, match=r"remove the option\. \(A recipe that says no method"):
+        preflight(resolve({**TOY, "train": {"optimizer": "sgd"}}))
 
 
 def test_what_needs_every_message_is_refused_between_real_peers_alone() -> None:

@@ -14,7 +14,7 @@ from dfl_lora.compatibility import check_method
 from dfl_lora.errors import UserError
 from dfl_lora.preflight import talks_of
 from dfl_lora.reading import load_recipe, resolve
-from dfl_lora.recipe import Recipe
+from dfl_lora.recipe import WINNER, Recipe
 from tiny import Content, written
 
 EVERY_KEY = """
@@ -61,6 +61,16 @@ def message(content: Content, *settings: str) -> str:
     return str(refusal.value)
 
 
+def test_a_recipe_that_says_no_method_has_the_winner_and_one_that_does_has_the_plain_rest() -> None:
+    said = resolve(shortest() | {"method": WINNER})
+    assert said.method == with_settings().method == Recipe.model_fields["method"].default
+    assert said.method.correction.kind == "k_gt" and said.method.mixer.kind == "chebyshev"
+    changed = with_settings("method.codec=int8").method
+    assert changed == said.method.model_copy(update={"codec": changed.codec}) and changed.codec.kind == "int8"
+    plain = resolve(shortest() | {"method": {"codec": "int8"}}).method
+    assert (plain.correction.kind, plain.mixer.kind, plain.codec.kind) == ("none", "plain", "int8")
+
+
 def test_every_key_of_the_contract_is_read_and_the_first_values_are_the_defaults() -> None:
     full = resolve(yaml.safe_load(EVERY_KEY))
     short = resolve(
@@ -70,7 +80,7 @@ def test_every_key_of_the_contract_is_read_and_the_first_values_are_the_defaults
             "data": {"path": "builtin/sentences"},
         }
     )
-    assert full.model_dump(exclude={"output"}) == short.model_dump(exclude={"output"})
+    assert full.model_dump(exclude={"output", "method"}) == short.model_dump(exclude={"output", "method"})
     assert (short.output.dir, short.output.checkpoint_every, short.output.report_to) == (None, 1, [])
 
 

@@ -10,9 +10,10 @@ from dfl_lora.errors import UserError
 from dfl_lora.graphs import DENSE
 from dfl_lora.mixers import MOST_EXACT
 from dfl_lora.mixing import ROUNDING, Mixing, chebyshev_contraction, eigenvalues, matrix
-from dfl_lora.recipe import Recipe
+from dfl_lora.recipe import WINNER, MethodPart, Recipe
 from dfl_lora.topologies import OWN_WEIGHTS, Topology
 
+DEFAULT = MethodPart.model_validate(WINNER)
 Meets = Callable[[Recipe, Topology, Mixing], bool]
 LOWEST = -1 / 3
 """Above this all eigenvalues of what d2 mixes by must lie."""
@@ -202,8 +203,21 @@ def both_shared(recipe: Recipe) -> bool:
     return all({"A", "B"} <= schedule(t).shared for t in range(1, recipe.train.rounds + 1))
 
 
+def unsaid(recipe: Recipe) -> bool:
+    """Tells whether correction and mixer are those of a recipe that says none."""
+    return (recipe.method.correction, recipe.method.mixer) == (DEFAULT.correction, DEFAULT.mixer)
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """Returns the recipe without correction, with one exchange a round."""
+    plainly = {"correction": MethodPart().correction, "mixer": MethodPart().mixer}
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update=plainly)})
+
+
 def check_method(recipe: Recipe, topology: Topology, mixing: Mixing, *, real: bool = False) -> None:
     """Raises where two values of a method cannot be used together; `real`: between real peers."""
     for clash in (*CLASHES, *(OF_REAL_PEERS if real else ())):
         if clash.meets(recipe, topology, mixing):
-            raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.")
+            own = unsaid(recipe) and not clash.meets(plain(recipe), topology, mixing)
+            hint = " (A recipe that says no method has both k_gt and chebyshev.)" if own else ""
+            raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.{hint}")

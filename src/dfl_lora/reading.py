@@ -14,7 +14,7 @@ from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.data.partition import PARTITIONS
 from dfl_lora.errors import UserError, nearest
 from dfl_lora.mixers import MIXERS
-from dfl_lora.recipe import Recipe
+from dfl_lora.recipe import WINNER, Recipe
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.strict_yaml import read_yaml
 from dfl_lora.topologies import TOPOLOGIES
@@ -61,6 +61,7 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
 
 def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:
     """Returns the checked recipe of a mapping with settings applied."""
+    content = {"method": dict(WINNER)} | content  # a setting changes one axis of it, and leaves the others
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:

@@ -241,6 +241,10 @@ class MethodPart(Part):
     """Noise on what is exchanged."""
 
 
+WINNER = {"schedule": "lora", "correction": "k_gt(second_moments=1)", "mixer": "chebyshev(k=3)"}
+"""The method of a recipe that says none: see docs/how-to-choose.md."""
+
+
 class Local(Part):
     """The local work of a round: exactly one of steps and epochs."""
 
@@ -338,7 +342,7 @@ class Recipe(Part):
     task: Task = Task()
     data: Data
     peers: PeersPart = PeersPart()
-    method: MethodPart = MethodPart()
+    method: MethodPart = MethodPart.model_validate(WINNER)
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     compute: Compute = Compute()

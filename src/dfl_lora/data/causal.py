@@ -186,7 +186,7 @@ class CausalTokenization:
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 "A completion ends with the end-of-text token, and the tokenizer of the base model has none; use a "
-                "model whose tokenizer has an eos_token."
+                "model whose tokenizer has an eos_token, or set task.tokens to seed."
             )
 
     def refused(self, bad: Mapping[int, str], num_rows: int, where: str) -> UserError:

@@ -78,6 +78,7 @@ def toys(num_peers: int) -> Federation:
             {
                 "name": "scale", "model": {"name_or_path": "toy"}, "task": {"kind": "toy"},
                 "lora": {"r": 2, "target_modules": ["first", "second"]}, "data": {"path": "builtin/toy"},
+                "method": {"schedule": "lora"},
                 "peers": {"num_peers": 3, "topology": "ring"},
                 "train": {"rounds": MOST_ROUNDS + WARM, "local": {"steps": STEPS}, "batch_size": TOY_BATCH},
             }

@@ -95,6 +95,7 @@ def toy(**parts: Any) -> dict[str, Any]:
         "task": {"kind": "toy"},
         "data": {"path": "builtin/toy", "partition": "dirichlet(alpha=0.5)"},
         "peers": {"num_peers": 2, "topology": "complete"},
+        "method": {"schedule": "lora"},
         "train": {"rounds": 3, "local": {"steps": 3}, "batch_size": 16},
         "compute": {"threads": 1, "dtype": "float32"},
     } | parts
@@ -130,8 +131,8 @@ def jobs_in(folder: Path) -> dict[str, Job]:
     bf16 = {"threads": 1, "dtype": "bfloat16"}
     in_turn, drawn = (THREE | {"topology": name} for name in ("base(k=1)", "random_edges(p=0.5)"))
     recipes = (
-        toy(), text(folder), toy(peers=THREE), text(folder, peers=THREE, compute=bf16), toy(peers=in_turn),
-        toy(peers=drawn),
+        toy(), text(folder), toy(peers=THREE), text(folder, peers=THREE, compute=bf16),
+        toy(peers=in_turn, method={"correction": "k_gt"}), toy(peers=drawn, method={"correction": "k_gt"}),
     )  # fmt: skip
     hosts = (HALVES, HALVES, UNEVEN, UNEVEN, UNEVEN, UNEVEN)
     return {name: Job(json.dumps(recipe), h) for name, recipe, h in zip(NAMES, recipes, hosts, strict=True)}

@@ -50,6 +50,7 @@ def recipe_of(**settings: object) -> Recipe:
         "task": {"kind": "toy"},
         "data": {"path": "builtin/toy", "partition": {"kind": "dirichlet", "alpha": 0.5}},
         "peers": {"num_peers": 3, "topology": "complete"},
+        "method": {"schedule": "lora"},
         "train": {"rounds": ROUNDS, "local": {"steps": 2}},
         "evaluate": {"every": 2, "rows": 32},
         "compute": {"threads": 1},

@@ -53,8 +53,8 @@ from dfl_lora.rounds import at_once
 from dfl_lora.schedules import Phase
 from dfl_lora.tensors import Tensors
 
-HEAP = 1.0
-"""Bytes of freed blocks between the living ones, for each byte of a pass in blocks below LARGE: measured 0.7 to 1.2."""
+HEAP = 0.6
+"""Bytes of freed blocks between the living ones, for each byte of a pass in blocks below LARGE: measured 0.3 to 0.9."""
 LARGE = 32 * 2**20
 """glibc gives blocks of this size back to the system as soon as they are freed."""
 KERNELS = 512 * 2**20

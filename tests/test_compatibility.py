@@ -108,8 +108,7 @@ def test_who_said_no_method_is_told_which_there_is() -> None:
         UserError, match=r"use mixer plain\. \(A recipe that says no method has both k_gt and chebyshev"
     ):
         preflight(resolve({**TOY, "peers": {"topology": "random_matching"}}))
-    with pytest.raises(UserError, match=r"remove the option\. \(A recipe that says no method"):
-        preflight(resolve({**TOY, "train": {"optimizer": "sgd"}}))
+    preflight(resolve({**TOY, "train": {"optimizer": "sgd"}}))
 
 
 def test_what_needs_every_message_is_refused_between_real_peers_alone() -> None:

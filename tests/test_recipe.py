@@ -65,8 +65,8 @@ def test_a_recipe_that_says_no_method_has_the_winner_and_one_that_does_has_the_p
     said = resolve(shortest() | {"method": WINNER})
     assert said.method == with_settings().method == Recipe.model_fields["method"].default
     assert said.method.correction.kind == "k_gt" and said.method.mixer.kind == "chebyshev"
-    changed = with_settings("method.codec=int8").method
-    assert changed == said.method.model_copy(update={"codec": changed.codec}) and changed.codec.kind == "int8"
+    changed = with_settings("method.codec=bf16").method
+    assert changed == said.method.model_copy(update={"codec": changed.codec}) and changed.codec.kind == "bf16"
     plain = resolve(shortest() | {"method": {"codec": "int8"}}).method
     assert (plain.correction.kind, plain.mixer.kind, plain.codec.kind) == ("none", "plain", "int8")
 

@@ -349,6 +349,7 @@ DATA: dict[str, Case] = {
         ("longer.csv", "more values than its header has names"),
     ),
     "fractions for labels in a .csv": (lambda p: p.data("f.csv", "sentence,label\na,0.0\nb,1.0\n"), ("Row 0", "0.0")),
+    "scores for labels in a .csv": (lambda p: p.data("s.csv", "sentence,label\na,1\nb,2.50\n"), ("Row 1", "2.50")),
     "a misspelt text column": (lambda p: p.text("task.text=sentense"), ("'sentense'", "Did you mean 'sentence'?")),
     "a misspelt label column": (lambda p: p.text("task.label=labels"), ("'labels'", "Did you mean 'label'?")),
     "the columns of another task": (lambda p: p.text("task.name=mnli"), ("'premise'", "sentence, label")),

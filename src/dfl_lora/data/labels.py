@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dfl_lora.data.glue import Columns
 from dfl_lora.errors import UserError
 
-WHOLE_FRACTION = re.compile(r"-?\d+\.0*")
+NUMBER = re.compile(r"-?\d+(\.\d*)?")
+"""As a table of text has it. Where all labels are numbers and some are fractions, the column holds no labels."""
 MOST_LABELS = 1000
 """A column that would make more labels is taken for a mistake, such as the numbers of the rows."""
 
@@ -49,7 +50,8 @@ def names_of(values: Sequence[str | int], own: Sequence[str] | None, columns: Co
 
 def checked(values: Sequence[object], name: str, path: str) -> list[str | int]:
     """Returns a label column of names or whole numbers; raises with the first row that has neither."""
-    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int) or WHOLE_FRACTION.fullmatch(str(v))]
+    numeric = all(NUMBER.fullmatch(str(v)) for v in values if v is not None)
+    wrong = [row for row, v in enumerate(values) if not isinstance(v, str | int) or (numeric and "." in str(v))]
     if wrong:  # other software writes whole numbers as fractions beside an empty one
         row = values.index(None) if None in values else wrong[0]
         raise UserError(

@@ -14,7 +14,7 @@ from dfl_lora.compatibility import check_method
 from dfl_lora.errors import UserError
 from dfl_lora.preflight import talks_of
 from dfl_lora.reading import load_recipe, resolve
-from dfl_lora.recipe import WINNER, Recipe
+from dfl_lora.recipe import DEFAULT_METHOD, WINNER, Recipe
 from tiny import Content, written
 
 EVERY_KEY = """
@@ -63,7 +63,7 @@ def message(content: Content, *settings: str) -> str:
 
 def test_a_recipe_that_says_no_method_has_the_winner_and_one_that_does_has_the_plain_rest() -> None:
     said = resolve(shortest() | {"method": WINNER})
-    assert said.method == with_settings().method == Recipe.model_fields["method"].default
+    assert said.method == with_settings().method == DEFAULT_METHOD
     assert said.method.correction.kind == "k_gt" and said.method.mixer.kind == "chebyshev"
     changed = with_settings("method.codec=bf16").method
     assert changed == said.method.model_copy(update={"codec": changed.codec}) and changed.codec.kind == "bf16"

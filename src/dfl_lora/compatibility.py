@@ -10,10 +10,9 @@ from dfl_lora.errors import UserError
 from dfl_lora.graphs import DENSE
 from dfl_lora.mixers import MOST_EXACT
 from dfl_lora.mixing import ROUNDING, Mixing, chebyshev_contraction, eigenvalues, matrix
-from dfl_lora.recipe import WINNER, MethodPart, Recipe
+from dfl_lora.recipe import DEFAULT_METHOD, MethodPart, Recipe
 from dfl_lora.topologies import OWN_WEIGHTS, Topology
 
-DEFAULT = MethodPart.model_validate(WINNER)
 Meets = Callable[[Recipe, Topology, Mixing], bool]
 LOWEST = -1 / 3
 """Above this all eigenvalues of what d2 mixes by must lie."""
@@ -205,7 +204,7 @@ def both_shared(recipe: Recipe) -> bool:
 
 def unsaid(recipe: Recipe) -> bool:
     """Tells whether correction and mixer are those of a recipe that says none."""
-    return (recipe.method.correction, recipe.method.mixer) == (DEFAULT.correction, DEFAULT.mixer)
+    return (recipe.method.correction, recipe.method.mixer) == (DEFAULT_METHOD.correction, DEFAULT_METHOD.mixer)
 
 
 def plain(recipe: Recipe) -> Recipe:

@@ -243,6 +243,7 @@ class MethodPart(Part):
 
 WINNER = {"schedule": "lora", "correction": "k_gt", "mixer": "chebyshev(k=2)", "codec": "int8"}
 """The method of a recipe that says none: see docs/results/README.md."""
+DEFAULT_METHOD = MethodPart.model_validate(WINNER)
 
 
 class Local(Part):
@@ -342,7 +343,7 @@ class Recipe(Part):
     task: Task = Task()
     data: Data
     peers: PeersPart = PeersPart()
-    method: MethodPart = MethodPart.model_validate(WINNER)
+    method: MethodPart = DEFAULT_METHOD
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     compute: Compute = Compute()

@@ -41,10 +41,9 @@ class Grouped:
 def by_length(lengths: Rows, groups: int) -> Grouped:
     """Returns groups of rows of like length, the shortest first, as equal as rows of the same length allow."""
     values, counts = np.unique(lengths, return_counts=True)
-    if len(values) < groups and len(values) == 1:
-        raise UserError(
-            f"Each of {len(lengths)} rows has {span(values[0], values[0])}, which makes no groups; use another."
-        )
+    if len(values) == 1 < groups:
+        each = f"Each of {len(lengths)} rows has {span(values[0], values[0])}"
+        raise UserError(f"{each}, which makes no groups; use another partition.")
     if len(values) < groups:
         raise UserError(
             f"{len(lengths)} rows have {len(values)} different lengths, too few for {groups} groups; "

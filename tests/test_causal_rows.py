@@ -397,8 +397,10 @@ def test_a_conversation_is_given_to_a_model_in_the_tokens_of_its_training() -> N
     tokenizer = AutoTokenizer.from_pretrained(*real("models/stories260K-llama"))  # it puts a space before each text
     tokenizer.chat_template = TEMPLATE
     turns = [*TURNS, {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]
-    (ids,) = [tokenization(tokenizer).rows(Excerpt(Dataset.from_dict({"messages": [turns]}), "here")).source]
-    row = ids.columns["input_ids"].tolist()
+    source = tokenization(tokenizer).rows(Excerpt(Dataset.from_dict({"messages": [turns]}), "here")).source
+    row = source.columns["input_ids"].tolist()
     for told in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
         prompt = turns_tokens(tokenizer, turns[:told])
         assert prompt == row[: len(prompt)]
+    spelt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    assert prompt != tokenizer(spelt, add_special_tokens=False)["input_ids"]  # as one text it would be other tokens

@@ -10,10 +10,10 @@ import torch
 
 from decoders import TARGETS as FAMILIES
 from decoders import write_decoder
-from dfl_lora.data.prompts import question_tokens, text_tokens, turns_tokens
+from dfl_lora.data.prompts import question_tokens, text_tokens, turn_ends, turns_tokens
 from dfl_lora.errors import UserError
 from dfl_lora.models.base import Files, load_tokenizer, locate
-from dfl_lora.models.generation import DRAWN, Draws, Said, Sampling, generate, load_causal, turn_end
+from dfl_lora.models.generation import DRAWN, Draws, Said, Sampling, generate, load_causal
 from dfl_lora.models.plain import worn_in_turn
 from dfl_lora.streams import torch_stream
 from real import real
@@ -138,8 +138,7 @@ def test_an_answer_ends_where_the_chat_template_ends_it_with_a_special_token(
     template: str | None, end: str | None, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(locate(str(write_llama(tmp_path / "chatty", template=template))))
-    found = turn_end(tokenizer)
-    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == end
+    assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == ([] if end is None else [end])
 
 
 def test_whatever_a_chat_template_raises_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.formats import Turn
-from dfl_lora.data.prompts import turns_tokens
+from dfl_lora.data.prompts import turn_ends, turns_tokens
 from dfl_lora.errors import UserError
 from dfl_lora.models.generation import Said, Sampling, generate, load_causal
 from dfl_lora.trained import Trained
@@ -27,7 +27,8 @@ class Speaker:
 
     def reply(self, turns: list[Turn]) -> Said:
         """Returns the answer to the last of these turns."""
-        (said,) = generate(self.model, self.tokenizer, [turns_tokens(self.tokenizer, turns)], self.sampling)
+        prompt, ends = turns_tokens(self.tokenizer, turns), turn_ends(self.tokenizer)
+        (said,) = generate(self.model, self.tokenizer, [prompt], self.sampling, ends=ends)
         return said
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dfl_lora.data.batches import Rows, TokenSource
-from dfl_lora.data.formats import FILLED, REFUSED, REWRITTEN, BadRow, Format, Segment, Turn, format_of
+from dfl_lora.data.formats import FILLED, REFUSED, REWRITTEN, BadRow, Format, Refusal, Segment, Turn, format_of
 from dfl_lora.data.sources import Excerpt, column
 from dfl_lora.data.token_cache import cached
 from dfl_lora.errors import UserError
@@ -121,13 +121,7 @@ class CausalTokenization:
     def chat(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
         """Returns what the tokenizer's chat template makes of turns."""
         self.check_template()
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
-            )
-        except Exception as error:  # whatever a template raises, such as for two turns of one role, or a system turn
-            raise BadRow(f"{REFUSED} ({said_by(error)})") from None
-        return text
+        return templated(self.tokenizer, messages, add_generation_prompt)
 
     def key(self, how: Format, spelt: Sequence[Spelt]) -> str:
         """Returns the digest of all that the tokens depend on."""
@@ -208,9 +202,15 @@ class CausalTokenization:
         )
 
 
-def said_by(error: Exception) -> str:
-    """Returns what a chat template says against a conversation, in one line."""
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+def templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    """Returns what the chat template of a tokenizer makes of turns; raises Refusal where it takes them not."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
+        )
+    except Exception as error:  # whatever a template raises, such as for two turns of one role, or a system turn
+        raise Refusal(" ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__) from None
+    return text
 
 
 def content_of(value: object) -> str:

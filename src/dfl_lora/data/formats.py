@@ -72,6 +72,14 @@ class BadRow(Exception):
     """A row that cannot be trained on; says which of a few reasons it is."""
 
 
+class Refusal(BadRow):
+    """A conversation that the chat template refuses, and `why`, in its own words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{REFUSED} ({why})")
+        self.why = why
+
+
 @dataclass(frozen=True)
 class Format:
     """The columns of a format, and how a row of it becomes segments."""

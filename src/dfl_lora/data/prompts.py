@@ -1,11 +1,12 @@
 """Prompts as the rows of training spell them: what a causal language model is to go on from, in tokens."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from dfl_lora.data.causal import DATE, opening_tokens, said_by
-from dfl_lora.data.formats import ASK, BadRow, Turn, spoken
+from dfl_lora.data.causal import opening_tokens, templated
+from dfl_lora.data.formats import ASK, BadRow, Refusal, Turn, spoken
 from dfl_lora.errors import UserError
 
 
@@ -28,20 +29,11 @@ def turns_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> l
     """
     if tokenizer.chat_template is None:
         return text_tokens(tokenizer, turns[-1]["content"])
-
-    def chat(messages: Sequence[Turn], add_generation_prompt: bool) -> str:
-        try:
-            text: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
-            )
-        except Exception as error:  # whatever a template raises
-            raise BadRow(f"The chat template of the base model refuses the conversation: {said_by(error)}.") from None
-        return text
-
+    chat = partial(templated, tokenizer)
     try:
         whole = chat(turns, True)
-    except BadRow as refusal:
-        raise UserError(str(refusal)) from None
+    except Refusal as refusal:
+        raise UserError(f"The chat template of the base model refuses the conversation: {refusal.why}.") from None
     try:
         before = [segment.text for segment in spoken(turns, chat) if segment.text]
     except BadRow:  # nothing was answered, or the template does not write turn after turn
@@ -50,3 +42,16 @@ def turns_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> l
     parts = [*before, whole[len(known) :]] if whole.startswith(known) else [whole]
     pieces = tokenizer([part for part in parts if part], add_special_tokens=False, verbose=False)["input_ids"]
     return [token for piece in pieces for token in piece]
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the special token that the chat template writes after what the assistant says, where it is one."""
+    if tokenizer.chat_template is None:
+        return []
+    said = "b"
+    try:
+        text = templated(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}], False)
+    except Refusal:  # it takes no such turns: said where they are asked for
+        return []
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False, verbose=False)["input_ids"]
+    return [token for token in after[:1] if token in tokenizer.added_tokens_decoder]

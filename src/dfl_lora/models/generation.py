@@ -102,12 +102,13 @@ def generate(
     sampling: Sampling = Sampling(),
     batch_size: int = 16,
     heard: Callable[[int, Said], None] = lambda *_: None,
+    ends: Sequence[int] = (),
 ) -> list[Said]:
-    """Returns what a model says after each prompt, in the order of the prompts.
+    """Returns what a model says after each prompt, in the order of the prompts; `ends` are more tokens that end it.
 
     The longest are read first; `heard` is told each as it comes, with the number of its prompt.
     """
-    room, stops = room_for(model, sampling), stops_of(model, tokenizer)
+    room, stops = room_for(model, sampling), [*stops_of(model, tokenizer), *ends]
     if not all(prompts):
         raise UserError("A prompt is empty, and there is nothing to go on from; give some text.")
     kept = [prompt if room is None else prompt[-room:] for prompt in prompts]
@@ -140,25 +141,10 @@ def room_for(model: Any, sampling: Sampling) -> int | None:
 
 
 def stops_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Returns the tokens that end a text: the tokenizer's, the chat template's, and those that the folder names."""
+    """Returns the tokens that end a text: the tokenizer's, and those that the model's folder names."""
     own = model.generation_config.eos_token_id
     named = own if isinstance(own, list) else [own]
-    return [
-        token for token in dict.fromkeys([tokenizer.eos_token_id, turn_end(tokenizer), *named]) if token is not None
-    ]
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the special token that the chat template writes after what the assistant says, where it is one."""
-    if tokenizer.chat_template is None:
-        return None
-    turns, said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "b"
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # whatever a template raises: that it takes no such turns is said where it matters
-        return None
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False, verbose=False)["input_ids"]
-    return int(after[0]) if after and after[0] in tokenizer.added_tokens_decoder else None
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *named]) if token is not None]
 
 
 def continued(

@@ -29,6 +29,7 @@ import yaml
 from scipy import stats
 
 matplotlib.rcParams["svg.hashsalt"] = "the same figure, the same file"
+matplotlib.rcParams["svg.fonttype"] = "none"
 HERE = Path(__file__).parent.parent
 RECIPES, RESULTS, RUNS = HERE / "recipes/study", HERE / "docs/results", HERE / "runs/study"
 ROWS, CURVES, PAGE = RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS / "README.md"
@@ -36,14 +37,18 @@ COLUMNS = (
     "block", "arm", "seed", "rate", "mean", "worst", "consensus", "relative_disagreement", "late_disagreement",
     "consensus_error", "bytes_per_peer", "recipe", "per_peer",
 )  # fmt: skip
+CELLS = (
+    "arm", "seeds", "mean", "worst peer", "consensus", "minus server", "minus lora", "late disagreement",
+    "bytes / lora's",
+)  # fmt: skip
 Row = dict[str, str]
 HEAD = """\
 # What the study found
 
 Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run is in
 [recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over seeds);
-`minus server` is the difference of the mean to the server's average, paired by seed; late disagreement is the median
-over seeds of the median relative disagreement of the second half of the rounds.
+`minus server` and `minus lora` are the difference of the mean to the server's average and to LoRA gossip, paired by
+seed; late disagreement is the median over seeds of the median relative disagreement of the second half of the rounds.
 """
 
 
@@ -134,51 +139,69 @@ def key_of(row: Row) -> tuple[str, str, str, str]:
 
 def interval(values: Sequence[float]) -> str:
     """Returns mean ± half of the 95 % interval of Student's t."""
+    if not values:
+        return "–"
     if len(values) < 2:
         return f"{np.mean(values):.3f}"
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
     return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
+def named(rows: Sequence[Row], block: str) -> dict[str, list[Row]]:
+    """Returns a block's rows by arm, and by learning rate in brackets where an arm has several."""
+    own = [row for row in rows if row["block"] == block]
+    rates = {arm: {row["rate"] for row in own if row["arm"] == arm} for arm in {row["arm"] for row in own}}
+    found = dict[str, list[Row]]()
+    for row in own:
+        name = f"{row['arm']} ({row['rate']})" if len(rates[row["arm"]]) > 1 else row["arm"]
+        found.setdefault(name, []).append(row)
+    return found
+
+
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields the table of each block: paired with the server where there are both."""
+    """Yields the table of each block: paired with the server and with LoRA gossip where they were run."""
     for block in dict.fromkeys(row["block"] for row in rows):
-        own = [row for row in rows if row["block"] == block]
-        tried = {arm: {row["rate"] for row in own if row["arm"] == arm} for arm in {row["arm"] for row in own}}
-        told = [(row["arm"], row["rate"] if len(tried[row["arm"]]) > 1 else "") for row in own]
-        by = {key: {r["seed"]: r for r, k in zip(own, told, strict=True) if k == key} for key in dict.fromkeys(told)}
-        lora, server = by.get(("lora", ""), {}), by.get(("server", ""), {})
+        arms = named(rows, block)
+        server, lora = arms.get("server", []), arms.get("lora", [])
         yield f"\n## {block}\n"
-        yield "| arm | seeds | mean | worst peer | consensus | minus server | late disagreement | bytes / lora's |"
-        yield "|---|---|---|---|---|---|---|---|"
-        for (arm, rate), found in by.items():
-            cells = [interval([number(row, name) for row in found.values()]) for name in ("mean", "worst", "consensus")]
-            both = [seed for seed in found if seed in server] if arm != "server" else []
-            cells.append(
-                interval([number(found[s], "mean") - number(server[s], "mean") for s in both]) if both else "–"
-            )
-            cells.append(f"{np.median([number(row, 'late_disagreement') for row in found.values()]):.2g}")
-            cost = [number(found[s], "bytes_per_peer") / number(lora[s], "bytes_per_peer") for s in found if s in lora]
-            cells.append(f"{np.mean(cost):.2f}" if cost else "–")
-            yield f"| {arm}{f' ({rate})' if rate else ''} | {len(found)} | {' | '.join(cells)} |"
+        yield f"| {' | '.join(CELLS)} |"
+        yield "|---" * len(CELLS) + "|"
+        for arm, found in arms.items():
+            cells = [interval([number(row, name) for row in found]) for name in ("mean", "worst", "consensus")]
+            cells += [interval(paired(found, other, "mean")) if found is not other else "–" for other in (server, lora)]
+            cells.append(f"{np.median([number(row, 'late_disagreement') for row in found]):.2g}")
+            cost = np.mean([number(row, "bytes_per_peer") for row in found])
+            cells.append(f"{cost / np.mean([number(row, 'bytes_per_peer') for row in lora]):.2f}" if lora else "–")
+            yield f"| {arm} | {len(found)} | {' | '.join(cells)} |"
+
+
+def paired(found: Sequence[Row], other: Sequence[Row], name: str) -> list[float]:
+    """Returns the differences of a column, of the seeds that both have."""
+    theirs = {row["seed"]: number(row, name) for row in other}
+    return [number(row, name) - theirs[row["seed"]] for row in found if row["seed"] in theirs]
 
 
 def number(row: Row, name: str) -> float:
     return float(row[name])
 
 
-def figure(curves: Sequence[Row], block: str) -> Path:
-    """Draws how far peers' products are apart, round by round: the median over seeds of each arm."""
-    own = [row for row in curves if row["block"] == block]
-    fig, axes = plt.subplots(figsize=(7, 4))
-    for arm in dict.fromkeys(row["arm"] for row in own):
+def figure(rows: Sequence[Row], curves: Sequence[Row], block: str) -> Path:
+    """Draws each seed's accuracy, and how far peers' products are apart by round: the median over seeds."""
+    arms, apart = named(rows, block), named(curves, block)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, max(4, 0.3 * len(arms))))
+    for place, (arm, found) in enumerate(arms.items()):
+        style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
+        means = [number(row, "mean") for row in found]
+        left.plot(means, [place] * len(means), "o", color=style["color"], alpha=0.5)
+        left.plot(np.mean(means), place, "k|", markersize=14)
         points = dict[int, list[float]]()
-        for row in own:
-            if row["arm"] == arm:
-                points.setdefault(int(row["round"]), []).append(number(row, "relative_disagreement"))
-        axes.plot(list(points), [float(np.median(v)) for v in points.values()], label=arm)
-    axes.set(xlabel="round", ylabel="relative disagreement", yscale="log", title=block)
-    axes.legend(fontsize=7)
+        for row in apart[arm]:
+            points.setdefault(int(row["round"]), []).append(number(row, "relative_disagreement"))
+        right.plot(list(points), [float(np.median(v)) for v in points.values()], label=arm, **style)
+    left.set(xlabel="accuracy: each seed, and their mean", yticks=range(len(arms)), yticklabels=arms, title=block)
+    left.invert_yaxis()
+    right.set(xlabel="round", ylabel="relative disagreement", yscale="log")
+    right.legend(fontsize=6)
     fig.tight_layout()
     path = RESULTS / f"{block}.svg"
     fig.savefig(path, metadata={"Date": None})
@@ -191,7 +214,7 @@ def report() -> None:
     rows, curves = read(ROWS), read(CURVES)
     text = [HEAD, *tables(rows)]
     for block in dict.fromkeys(row["block"] for row in curves):
-        text += ["", f"![Disagreement in {block}]({figure(curves, block).name})"]
+        text += ["", f"![Accuracy and disagreement in {block}]({figure(rows, curves, block).name})"]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

@@ -230,7 +230,7 @@ def test_a_frame_whose_body_lies_about_itself_is_no_frame(entry: object) -> None
     assert Frame.from_bytes(content(CONTENT[4:HEADER_BYTES], body({"x": entry}, data))) is None
 
 
-PARTS = Tensors(torch.linspace(-2, 5, 14), LAYOUT.parts("x", "z"))
+PARTS = Tensors(torch.linspace(-2, 5, 14), Layout.joined({"x": LAYOUT, "z": LAYOUT}))
 FINITE = st.floats(-1e6, 1e6, width=32)
 
 
@@ -275,7 +275,7 @@ def test_int8_draws_by_seed_peer_round_and_exchange_and_by_nothing_else() -> Non
 
 
 def test_what_travels_as_int8_takes_a_byte_a_number_and_second_moments_two() -> None:
-    codec, whole = CODECS["int8"](0), LAYOUT.parts("x", "z", "v")
+    codec, whole = CODECS["int8"](0), Layout.joined(dict.fromkeys("xzv", LAYOUT))
     message = Tensors(torch.linspace(0, 1e-6, 21), whole)
     frame = codec.encode(message, {}, (0, 1, 0))
     assert {name: (t.dtype, len(t)) for name, t in frame.body.items()} == {

@@ -26,6 +26,11 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("mixer gossip_pga", "fewer rounds than every"): {"method": {"mixer": "gossip_pga"}, "train": {"rounds": 5}},
     ("mixer exact", "participation below 1"): {"method": {"mixer": "exact"}, "peers": {"participation": 0.5}},
+    ("mixer exact", "peers.mixing other than metropolis"): {"method": {"mixer": "exact"}, "peers": {"mixing": "lazy"}},
+    ("mixer closing", "participation below 1"): {"method": {"mixer": "closing"}, "peers": {"participation": 0.5}},
+    ("mixer gossip_pga", "participation below 1"): {
+        "method": {"mixer": "gossip_pga(every=2)"}, "peers": {"participation": 0.5},
+    },
     ("correction k_gt(second_moments)", "optimizer sgd"): {
         "method": {"correction": "k_gt(second_moments=2)"}, "train": {"optimizer": "sgd"},
     },
@@ -62,6 +67,9 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer finite_time", "participation below 1"): {"peers": {"participation": 1.0}},
     ("mixer gossip_pga", "fewer rounds than every"): {"train": {"rounds": 6}},
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
+    ("mixer exact", "peers.mixing other than metropolis"): {"method": {"mixer": "plain"}},
+    ("mixer closing", "participation below 1"): {"method": {"mixer": "plain"}},
+    ("mixer gossip_pga", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
     ("lora.ranks", "combine other than product"): {"method": {"combine": "product"}},

@@ -1,5 +1,6 @@
 """Combining in product space: against dense products, and against what each is to minimise."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -13,13 +14,15 @@ from torch import Tensor
 from dfl_lora.build import build
 from dfl_lora.combine import Inbox, mean
 from dfl_lora.errors import UserError
+from dfl_lora.graphs import GRAPHS
 from dfl_lora.mixing import Row
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
 from dfl_lora.products import COMBINES, agreed, lora_fair, product, rotated
 from dfl_lora.reading import resolve
 from dfl_lora.recipe import MethodPart
-from dfl_lora.rounds import rounds
+from dfl_lora.rounds import Method, mix, rounds
+from dfl_lora.schedules import SCHEDULES
 from dfl_lora.simulate import run_recipe
 from dfl_lora.tensors import Layout, Tensors
 from tiny import text, toy
@@ -30,8 +33,8 @@ OTHERS = {name: combine for name, combine in COMBINES.items() if name != "mean"}
 every_combine = pytest.mark.parametrize("combine", OTHERS.values(), ids=OTHERS)
 
 
-def drawn(seed: int) -> Tensors:
-    return Tensors(torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), LAYOUT)
+def drawn(seed: int, layout: Layout = LAYOUT) -> Tensors:
+    return Tensors(torch.randn(layout.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), layout)
 
 
 def inbox_of(values: list[Tensors], weight: float = 0.3) -> Inbox:
@@ -64,6 +67,18 @@ def test_product_is_the_best_of_its_rank(seed: int, num_neighbours: int) -> None
     p = mean_product(inbox)
     u, s, vt = torch.linalg.svd(p)
     assert torch.allclose(of(product(inbox)), u[:, :R] * s[:R] @ vt[:R], atol=1e-10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_product_is_the_best_of_its_rank_in_any_shape(seed: int, r: int, d_in: int, d_out: int) -> None:
+    """Also where r is above the inputs or outputs of a module, as on a head of two labels."""
+    layout = Layout.of({"q.A": ("A", (r, d_in)), "q.B": ("B", (d_out, r))})
+    values = [drawn(seed + i, layout) for i in range(3)]
+    p = mean_product(inbox_of(values))
+    u, s, vt = torch.linalg.svd(p, full_matrices=False)
+    assert torch.allclose(of(product(inbox_of(values))), u[:, :r] * s[:r] @ vt[:r], atol=1e-9)
+    assert of(lora_fair(inbox_of(values))).isfinite().all() and of(rotated(inbox_of(values))).isfinite().all()
 
 
 def test_product_keeps_the_own_gauge() -> None:
@@ -118,6 +133,20 @@ def test_a_lost_message_is_as_none(combine: Callable[[Inbox], Tensors]) -> None:
     lost = combine(Inbox.receive(row, values[0], values[0], {1: values[1]}))
     alone = combine(Inbox.receive(Row(0, {1: 0.3}), values[0], values[0], {1: values[1]}))
     assert torch.equal(lost.flat, alone.flat)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", COMBINES)
+def test_what_is_not_finite_at_one_peer_stays_there(name: str, bad: float) -> None:
+    """Its neighbours refuse it and go on, as if nothing had come; what all agreed on is not finite, and no error."""
+    ring = GRAPHS["ring"](5)
+    method = Method(SCHEDULES["lora"]("shared"), lambda t: ring, combine=COMBINES[name])
+    peers = peers_of([drawn(i) for i in range(5)], name)
+    peers[2].adapter["q.A"][0, 3] = bad
+    traffic = mix(peers, method.schedule(1), ring, 1, method, MemoryNetwork())
+    assert traffic.refused == {"non-finite": 2}
+    assert [bool(peers[i].adapter.is_finite()) for i in range(5)] == [True, True, False, True, True]
+    assert not peers.agreed().is_finite()
 
 
 @every_combine

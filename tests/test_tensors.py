@@ -152,13 +152,21 @@ def test_a_vector_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
 def test_a_joined_message_comes_apart_into_its_parts(numbers: Tensors) -> None:
     z = numbers.with_flat(-numbers.flat)
     message = numbers.join(z=z)
-    assert message.layout == LAYOUT.parts("x", "z")
+    assert message.layout == Layout.joined({"x": LAYOUT, "z": LAYOUT})
     assert message.layout.size == 2 * LAYOUT.size
     assert torch.equal(message["z/q.B"], z["q.B"])
     assert torch.equal(message["x/q.B"], numbers["q.B"])
-    for index, part in enumerate((numbers, z)):
-        assert message.part(index, LAYOUT).layout is LAYOUT
-        assert torch.equal(message.part(index, LAYOUT).flat, part.flat)
+    for name, part in (("x", numbers), ("z", z)):
+        assert message.part(name, LAYOUT).layout is LAYOUT
+        assert torch.equal(message.part(name, LAYOUT).flat, part.flat)
+
+
+def test_parts_of_a_message_may_have_roles_of_their_own(numbers: Tensors) -> None:
+    head = numbers.select({"head"})
+    message = numbers.join(z=head, v=head.with_flat(2 * head.flat))
+    assert message.layout.size == LAYOUT.size + 2 * head.layout.size
+    assert torch.equal(message.part("z", head.layout).flat, head.flat)
+    assert torch.equal(message.part("v", head.layout).flat, 2 * head.flat)
 
 
 def test_messages_of_different_parts_have_different_digests(numbers: Tensors) -> None:

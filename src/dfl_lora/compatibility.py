@@ -65,6 +65,14 @@ def changing_correction(kind: str) -> Clash:
     )  # fmt: skip
 
 
+def agreeing_with_absence(kind: str) -> Clash:
+    return Clash(
+        f"mixer {kind}", "participation below 1",
+        lambda r, t, w: r.method.mixer.kind == kind and r.peers.participation < 1,
+        "who is absent from the round in which all are to agree does not; use mixer plain or chebyshev",
+    )  # fmt: skip
+
+
 def mixing_given_twice(kind: str) -> Clash:
     return Clash(
         "peers.mixing other than metropolis", f"topology {kind}",
@@ -87,6 +95,7 @@ CLASHES: Sequence[Clash] = (
         lambda r, t, w: r.method.mixer.kind == "finite_time" and r.peers.participation < 1,
         "it is exact on one graph alone; use chebyshev(k=...)",
     ),
+    *map(agreeing_with_absence, ("closing", "gossip_pga")),
     Clash(
         "mixer gossip_pga", "fewer rounds than every",
         lambda r, t, w: r.method.mixer.kind == "gossip_pga" and r.method.mixer.options["every"] > r.train.rounds,
@@ -96,6 +105,11 @@ CLASHES: Sequence[Clash] = (
         "mixer exact", "participation below 1",
         lambda r, t, w: r.method.mixer.kind == "exact" and r.peers.participation < 1,
         "weights of 1/n are no average of those who are present; use topology complete",
+    ),
+    Clash(
+        "mixer exact", "peers.mixing other than metropolis",
+        lambda r, t, w: r.method.mixer.kind == "exact" and r.peers.mixing != "metropolis",
+        "its weights are 1/n, so that peers.mixing has no effect; remove it",
     ),
     Clash(
         "correction k_gt(second_moments)", "optimizer sgd",

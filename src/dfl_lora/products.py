@@ -14,7 +14,8 @@ Averaging A and B apart gives B_bar A_bar and not the mean product P = sum_j w_j
              rotation nearest to bringing both to (B_i, A_i); the product of each stays (FedRot, arXiv 2602.23638).
 
 They are of a whole neighbourhood, so they go with one exchange a round, with no correction, and with schedules that
-share both factors; heads are averaged. Where messages are lost their weight is the own value's, as everywhere.
+share both factors; heads are averaged. Where messages are lost their weight is the own value's, as everywhere. A peer
+whose own value is not finite keeps to the mean, which leaves what is wrong where it is.
 
 Of DeCAF, LoRA-FAIR and FedRot the formulas were checked against what they are to minimise (tests/test_products.py), and
 nothing else of the papers.
@@ -59,7 +60,7 @@ def by_module(solve: Solve) -> Callable[[Inbox], Tensors]:
 
     def combine(inbox: Inbox) -> Tensors:
         result = mean(inbox)
-        for name, factors in modules(inbox):
+        for name, factors in modules(inbox) if result.is_finite() else ():
             a, b = solve(factors)
             result[f"{name}.A"].copy_(a)
             result[f"{name}.B"].copy_(b)
@@ -77,7 +78,7 @@ def truncated(f: Factors) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     if not s[0] > 0:
         return f.a[0], b
-    rows = (q_a @ vt[:r].T).T  # [r, d_in], orthonormal
+    rows = (q_a @ vt[:r].T).T  # [r, d_in], orthonormal; fewer than r where d_in or d_out is below r
     scale = f.a[0].norm() / r**0.5
     rotation = polar(f.a[0][:r] @ rows.T)
     a[:r], b[:, :r] = scale * rotation @ rows, (q_b @ (u[:, :r] * s[:r])) @ rotation.T / scale
@@ -107,8 +108,8 @@ def turned(f: Factors) -> tuple[Tensor, Tensor]:
 
 
 def polar(m: Tensor) -> Tensor:
-    """Returns the orthogonal matrix nearest to a square one."""
-    u, _, vt = torch.linalg.svd(m)
+    """Returns the matrix with orthonormal columns that is nearest to one with no more columns than rows."""
+    u, _, vt = torch.linalg.svd(m, full_matrices=False)
     nearest: Tensor = u @ vt
     return nearest
 
@@ -119,7 +120,7 @@ def agreed(peers: Peers) -> Tensors:
     Where factors were turned, or have ranks of their own, the product of their means is not what peers agree on.
     """
     result, size = peers.mean(), len(peers)
-    for name in (e.name for e in peers.layout.entries if e.role == "A"):
+    for name in (e.name for e in peers.layout.entries if e.role == "A" and result.is_finite()):
         a, b = (peers.stacked(name.removesuffix(".A") + factor).double() for factor in (".A", ".B"))
         first = max(range(size), key=lambda row: rank_of(a[row]))  # a peer of the full rank says what they are near to
         order = [first, *(row for row in range(size) if row != first)]

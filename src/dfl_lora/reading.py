@@ -61,7 +61,8 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
 
 def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:
     """Returns the checked recipe of a mapping with settings applied."""
-    content = {"method": dict(WINNER)} | content  # a setting changes one axis of it, and leaves the others
+    if not content.get("method"):
+        content = content | {"method": dict(WINNER)}  # a setting changes one axis of it, and leaves the others
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:

@@ -87,13 +87,13 @@ class Layout:
         wanted = frozenset(roles)
         return Layout.of({e.name: (e.role, e.shape) for e in self.entries if e.role in wanted})
 
-    def parts(self, *names: str) -> "Layout":
-        """Returns a layout of several vectors over this one, named `part/tensor`, laid end to end."""
-        entries = [
-            Entry(f"{part}/{e.name}", e.role, k * self.size + e.start, e.shape)
-            for k, part in enumerate(names)
-            for e in self.entries
-        ]
+    @staticmethod
+    def joined(parts: "Mapping[str, Layout]") -> "Layout":
+        """Returns a layout of several vectors laid end to end, whose tensors are named `part/tensor`."""
+        entries, start = list[Entry](), 0
+        for part, layout in parts.items():
+            entries += [Entry(f"{part}/{e.name}", e.role, start + e.start, e.shape) for e in layout.entries]
+            start += layout.size
         return Layout(tuple(entries))
 
 
@@ -146,11 +146,12 @@ class Tensors:
     def join(self, **others: "Tensors") -> "Tensors":
         """Returns one message of several parts: this vector as part `x`, the others by their names."""
         flat = torch.cat([self.flat, *(o.flat for o in others.values())])
-        return Tensors(flat, self.layout.parts("x", *others))
+        return Tensors(flat, Layout.joined({"x": self.layout, **{name: o.layout for name, o in others.items()}}))
 
-    def part(self, index: int, layout: Layout) -> "Tensors":
-        """Returns part number `index` of a joined message, as a view over the layout of one part."""
-        return Tensors(self.flat[index * layout.size : (index + 1) * layout.size], layout)
+    def part(self, name: str, layout: Layout) -> "Tensors":
+        """Returns a part of a joined message, as a view over the layout that it had before."""
+        start = next((e.start for e in self.layout.entries if e.name.startswith(f"{name}/")), 0)  # 0: an empty part
+        return Tensors(self.flat[start : start + layout.size], layout)
 
     def with_flat(self, flat: Tensor) -> "Tensors":
         return Tensors(flat, self.layout)

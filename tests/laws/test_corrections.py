@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from dfl_lora.mixers import MIXERS
 from dfl_lora.mixing import lazy, matrix, metropolis
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.memory import MemoryNetwork
-from dfl_lora.rounds import Method
+from dfl_lora.peers import Peers
+from dfl_lora.rounds import Method, mix
 from dfl_lora.schedules import SCHEDULES
+from dfl_lora.tensors import Layout, Tensors
 from quadratics import LAYOUT, Quadratics, method_on
 
 RING, PLAIN = GRAPHS["ring"](7), MIXERS["plain"]
@@ -168,9 +171,6 @@ def test_decay_forgets_a_share_of_the_correction_of_those_who_lost_a_message_and
 
 def test_second_moments_are_mixed_every_so_many_rounds_and_never_below_zero() -> None:
     """Chebyshev's matrix on du14 has negative entries."""
-    from dfl_lora.peers import Peers
-    from dfl_lora.tensors import Layout, Tensors
-
     graph = GRAPHS["du14"](7)
     method = method_on(
         graph,
@@ -183,10 +183,52 @@ def test_second_moments_are_mixed_every_so_many_rounds_and_never_below_zero() ->
     spike = torch.zeros(7, LAYOUT.size, dtype=torch.float64)
     spike[0] = 1.0
     peers.optimizer["exp_avg_sq"].copy_(spike)
-    from dfl_lora.rounds import mix
-
     mix(peers, method.schedule(1), graph, 1, method, MemoryNetwork())
     assert torch.equal(peers.optimizer["exp_avg_sq"], spike)
     mix(peers, method.schedule(2), graph, 2, method, MemoryNetwork())
     mixed = peers.optimizer["exp_avg_sq"]
     assert (mixed >= 0).all() and (mixed == 0).any() and 0 < mixed[0, 0] < 1
+
+
+def test_second_moments_are_mixed_as_steps_divide_by_them() -> None:
+    """Peers that did different numbers of steps agree on v / (1 - beta_2^steps)."""
+    graph = GRAPHS["complete"](3)
+    method = method_on(graph, correction=CORRECTIONS["k_gt"](SEVEN.local, second_moments=1))
+    start = Tensors(torch.zeros(LAYOUT.size, dtype=torch.float64), LAYOUT)
+    peers = Peers(range(3), start, start.select(frozenset()), memory=method.memory, optimizer=["exp_avg_sq"])
+    steps = torch.tensor([0, 10, 300])
+    peers.counters[:] = steps[:, None]
+    grown = 1 - 0.999 ** steps.clamp(min=1).double()[:, None]
+    peers.optimizer["exp_avg_sq"].copy_(grown * torch.tensor([[0.0], [2.0], [4.0]]))
+    mix(peers, method.schedule(1), graph, 1, method, MemoryNetwork())
+    assert torch.allclose(peers.optimizer["exp_avg_sq"] / grown, torch.full((3, LAYOUT.size), 2.0).double())
+
+
+def test_a_factor_that_rests_is_mixed_and_no_more() -> None:
+    """Tracking neither sends nor bounds the shift of what a round does not train."""
+    method = replace(corrected("k_gt", clip=0.1), schedule=SCHEDULES["alternating"]("shared", period=3))
+    peers = SEVEN.run(method, 3)
+    outgoing = method.correction.outgoing(peers[0], method.schedule(4))
+    names = {e.name for e in outgoing.layout.entries}
+    assert names == {"x/q.A", "x/q.B", "x/head", "z/q.A", "z/head"}
+    of_b = slice(*((e.start, e.stop) for e in LAYOUT.entries if e.name == "q.B").__next__())
+    now, later = (SEVEN.run(method, t).memory["gradient_shift"][:, of_b] for t in (3, 6))
+    assert torch.equal(now, later) and now.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_those_who_go_on_without_a_peer_stay_at_the_optimum_of_all(name: str) -> None:
+    """What they were corrected by holds the data of the one that left; plain gossip forgets it."""
+    others = list(range(1, 7))
+
+    def gone(round: int, k: int, graph: Graph, outgoing: Mapping[int, Frame]) -> Arrived:
+        frames = MemoryNetwork().exchange(round, k, graph, outgoing).frames
+        return Arrived(
+            {i: {j: f for j, f in box.items() if round <= 600 or 0 not in (i, j)} for i, box in frames.items()}
+        )
+
+    left = SEVEN.curvature[others]
+    without = (left * SEVEN.centres[others]).sum(0) / left.sum(0)
+    assert (without - SEVEN.optimum).norm() > 0.1
+    peers = SEVEN.run(corrected(name), 1200, SimpleNamespace(exchange=gone))
+    assert (peers.x[others] - SEVEN.optimum).norm(dim=1).max() < 1e-4

@@ -37,7 +37,7 @@ class Pull:
 
     def incoming(self, peer: Peer, phase: Phase, mixed: Tensors) -> None:
         own, sent = peer.adapter.select(phase.shared), peer.memory["gradient_mean"].select(phase.shared)
-        x, z = mixed.part(0, own.layout), mixed.part(1, own.layout)
+        x, z = mixed.part("x", own.layout), mixed.part("z", own.layout)
         shift = peer.memory["gradient_shift"].select(phase.shared)
         peer.memory["gradient_shift"].assign(phase.shared, shift.with_flat(shift.flat + z.flat - sent.flat))
         peer.memory["step_shift"].assign(phase.shared, x.with_flat((x.flat - own.flat) / 8))

@@ -11,12 +11,17 @@ import pytest
 
 from dfl_lora.build import Federation, build
 from dfl_lora.checkpoint import load_checkpoint
+from dfl_lora.codecs import CODECS
+from dfl_lora.corrections import CORRECTIONS
 from dfl_lora.errors import UserError
+from dfl_lora.mixers import MIXERS
+from dfl_lora.products import COMBINES
 from dfl_lora.reading import resolve
 from dfl_lora.recipe import Recipe
 from dfl_lora.rounds import Record
 from dfl_lora.run_directory import Line
 from dfl_lora.running import Start
+from dfl_lora.schedules import SCHEDULES
 from dfl_lora.simulate import run_recipe
 
 ROUNDS = 4
@@ -79,6 +84,12 @@ RECIPES = {
         method__schedule="core", lora__init="gradient_svd", method__correction="k_gt", method__codec="int8",
     ),
     "graphs in turn": recipe_of(peers__topology="base(k=1)"),
+}  # fmt: skip
+AXES = {"schedule": SCHEDULES, "correction": CORRECTIONS, "mixer": MIXERS, "combine": COMBINES, "codec": CODECS}
+NEEDS: dict[str, dict[str, object]] = {
+    "core": {"lora__init": "orthonormal"}, "d2": {"peers__mixing": "lazy"},
+    "gossip_pga": {"method__mixer": "gossip_pga(every=2)"},
+    "k_gt": {"method__correction": "k_gt(second_moments=2, clip=5.0, decay=0.5)", "method__schedule": "alternating"},
 }  # fmt: skip
 
 
@@ -154,6 +165,14 @@ def test_stopping_after_every_round_equals_the_whole_run(whole: tuple[Recipe, Pa
     run(recipe, tmp_path / "run", resume=True)
     assert kept(tmp_path / "run") == kept(folder)
     assert summary_of(tmp_path / "run") == summary_of(folder)
+
+
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, table in AXES.items() for name in table])
+def test_every_row_of_every_axis_goes_on_from_where_it_stopped(axis: str, name: str, tmp_path: Path) -> None:
+    recipe = recipe_of(**{f"method__{axis}": name, "peers__topology": "line"} | NEEDS.get(name, {}))
+    whole = kept(run(recipe, tmp_path / "whole", kill_after=ROUNDS))
+    run(recipe, tmp_path / "run", kill_after=3)
+    assert resumed(recipe, tmp_path / "run") == whole
 
 
 def test_a_finished_run_is_resumed_to_the_same_record(tmp_path: Path) -> None:

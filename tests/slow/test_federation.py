@@ -25,13 +25,18 @@ SAMPLE = {
     "evaluate.rows": 60,
     "compute.threads": 1,
 }
+METHODS = {
+    "lora": "{schedule: lora}",
+    "freeze_a": "{schedule: freeze_a}",
+    "default": "{correction: k_gt, mixer: chebyshev(k=2), codec: int8}",
+}
 GROUPS = ([[0, 1], [2, 3, 4, 5], [6]], [[0, 2, 4, 6], [1, 3, 5]])
 
 needs_data = pytest.mark.skipif(not (DATA / "glue").is_dir(), reason=f"no glue in {DATA}; set DFL_LORA_DATA")
 
 
-def words(schedule: str) -> list[str]:
-    settings = [f"{key}={value}" for key, value in (SAMPLE | {"method.schedule": schedule}).items()]
+def words(method: str) -> list[str]:
+    settings = [f"{key}={value}" for key, value in (SAMPLE | {"method": METHODS[method]}).items()]
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -71,9 +76,9 @@ def hosted_by(groups: Sequence[Sequence[int]], folder: Path) -> list[Path]:
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["lora", "freeze_a"])
-def test_simulation_and_federation_agree_to_the_bit(schedule: str, tmp_path: Path) -> None:
-    recipe, settings = ROOT / "recipes" / "glue_sst2.yaml", words(schedule)
+@pytest.mark.parametrize("method", METHODS)
+def test_simulation_and_federation_agree_to_the_bit(method: str, tmp_path: Path) -> None:
+    recipe, settings = ROOT / "recipes" / "glue_sst2.yaml", words(method)
     finished(start("run", recipe, "--out", tmp_path / "simulated", *settings))
     simulated = adapters(tmp_path / "simulated")
     assert len(simulated) == 7

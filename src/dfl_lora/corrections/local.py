@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+BETA_2 = 0.999
+"""By which Adam forgets second moments in a step."""
+
 
 @dataclass(frozen=True)
 class Local:

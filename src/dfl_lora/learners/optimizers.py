@@ -13,7 +13,9 @@ from torch.optim.adam import adam as torch_adam
 from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.sgd import sgd as torch_sgd
 
-BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+from dfl_lora.corrections.local import BETA_2
+
+BETA_1, EPSILON = 0.9, 1e-8
 WEIGHT_DECAY = 0.01
 """AdamW's default in torch."""
 

@@ -27,6 +27,22 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer gossip_pga", "fewer rounds than every"): {"method": {"mixer": "gossip_pga"}, "train": {"rounds": 5}},
     ("mixer exact", "participation below 1"): {"method": {"mixer": "exact"}, "peers": {"participation": 0.5}},
     ("mixer exact", "peers.mixing other than metropolis"): {"method": {"mixer": "exact"}, "peers": {"mixing": "lazy"}},
+    ("mixer relay_sum", "peers.mixing other than metropolis"): {
+        "method": {"mixer": "relay_sum"}, "peers": {"topology": "line", "mixing": "lazy"},
+    },
+    ("mixer relay_sum", "a graph that is no tree"): {"method": {"mixer": "relay_sum"}, "peers": {"topology": "ring"}},
+    **{
+        ("mixer relay_sum", other): {
+            "peers": {"topology": "line"}, **case, "method": {"mixer": "relay_sum"} | case.get("method", {})
+        }
+        for other, case in {
+            "a correction": {"method": {"correction": "led"}},
+            "codecs with errors": {"method": {"codec": "bf16"}},
+            "schedule alternating(mix=trained)": {"method": {"schedule": "alternating(mix=trained)"}},
+            "train.order seed": {"train": {"order": "seed"}},
+            "participation below 1": {"peers": {"topology": "star", "participation": 0.5}},
+        }.items()
+    },
     ("mixer closing", "participation below 1"): {"method": {"mixer": "closing"}, "peers": {"participation": 0.5}},
     ("mixer gossip_pga", "participation below 1"): {
         "method": {"mixer": "gossip_pga(every=2)"}, "peers": {"participation": 0.5},
@@ -39,7 +55,7 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("lora.ranks", "combine other than product"): {"lora": {**TOY["lora"], "ranks": [1, 2, 2, 2, 2, 2, 2]}},
     ("combine product, fair or rotated", "a correction"): {"method": {"combine": "fair", "correction": "led"}},
-    ("combine product, fair or rotated", "mixers of several exchanges"): {
+    ("combine product, fair or rotated", "mixers other than plain and exact"): {
         "method": {"combine": "product", "mixer": "chebyshev(k=2)"},
     },
     ("combine product, fair or rotated", "schedules that share one factor"): {
@@ -68,13 +84,20 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer gossip_pga", "fewer rounds than every"): {"train": {"rounds": 6}},
     ("mixer exact", "participation below 1"): {"peers": {"participation": 1.0}},
     ("mixer exact", "peers.mixing other than metropolis"): {"method": {"mixer": "plain"}},
+    ("mixer relay_sum", "peers.mixing other than metropolis"): {"peers": {"mixing": "metropolis"}},
+    ("mixer relay_sum", "a graph that is no tree"): {"peers": {"topology": "star"}},
+    ("mixer relay_sum", "a correction"): {"method": {"correction": "none"}},
+    ("mixer relay_sum", "codecs with errors"): {"method": {"codec": "fp32"}},
+    ("mixer relay_sum", "schedule alternating(mix=trained)"): {"method": {"schedule": "alternating(mix=both)"}},
+    ("mixer relay_sum", "train.order seed"): {"train": {"order": "standard"}},
+    ("mixer relay_sum", "participation below 1"): {"peers": {"participation": 1.0}},
     ("mixer closing", "participation below 1"): {"method": {"mixer": "plain"}},
     ("mixer gossip_pga", "participation below 1"): {"peers": {"participation": 1.0}},
     ("correction k_gt(second_moments)", "optimizer sgd"): {"train": {"optimizer": "adam"}},
     ("correction d2", "eigenvalues of -1/3 or less"): {"peers": {"topology": "ring", "num_peers": 4, "mixing": "lazy"}},
     ("lora.ranks", "combine other than product"): {"method": {"combine": "product"}},
     ("combine product, fair or rotated", "a correction"): {"method": {"correction": "none"}},
-    ("combine product, fair or rotated", "mixers of several exchanges"): {"method": {"mixer": "exact"}},
+    ("combine product, fair or rotated", "mixers other than plain and exact"): {"method": {"mixer": "exact"}},
     ("combine product, fair or rotated", "schedules that share one factor"): {"method": {"schedule": "lora"}},
     ("schedule core", "lora.init kaiming"): {"lora": {**TOY["lora"], "init": "orthonormal"}},
     ("codec top_k or choco", "mixers of several exchanges"): {"method": {"mixer": "exact"}},

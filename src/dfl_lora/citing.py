@@ -72,6 +72,7 @@ CITED: Mapping[str, Mapping[str, Row]] = {
         "finite_time": ("lian2017dpsgd", "ghiasvand2025declora", "sundaram2007finite"),
         "closing": ("lian2017dpsgd", "ghiasvand2025declora", "scaman2017optimal"),
         "gossip_pga": ("lian2017dpsgd", "ghiasvand2025declora", "chen2021pga", "scaman2017optimal"),
+        "relay_sum": ("vogels2021relaysum",),
     },
     "method.combine": {
         "mean": "gossip itself, cited with the mixer",
@@ -144,10 +145,10 @@ def cited(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def without_effect(recipe: Recipe) -> set[str]:
-    """Returns the axes whose value is not used: an exact mean has a graph and weights of its own, as W has weights."""
+    """Returns the axes whose value is not used: exact means and sums have weights of their own, as matrices have."""
     peers, exact = recipe.peers, recipe.method.mixer.kind == "exact"
     idle = set[str]()
-    if exact or peers.topology.kind == "matrix":
+    if exact or recipe.method.mixer.kind == "relay_sum" or peers.topology.kind == "matrix":
         idle |= {"peers.mixing"}
     if exact:
         idle |= {"peers.topology"}

@@ -47,6 +47,7 @@ OF_ONE_GRAPH = ("chebyshev", "finite_time", "closing", "gossip_pga")
 DRIFTING = ("led", "d2")
 """Corrections that keep what one W moved, which another W takes up wrongly: see corrections/led.py."""
 CHANGING = "a topology that changes from round to round"
+MISSING = "a sum that does not come is missing ever after"
 
 
 def changing_mixer(kind: str) -> Clash:
@@ -71,6 +72,30 @@ def agreeing_with_absence(kind: str) -> Clash:
         lambda r, t, w: r.method.mixer.kind == kind and r.peers.participation < 1,
         "who is absent from the round in which all are to agree does not; use mixer plain or chebyshev",
     )  # fmt: skip
+
+
+def weights_of_its_own(kind: str) -> Clash:
+    return Clash(
+        f"mixer {kind}", "peers.mixing other than metropolis",
+        lambda r, t, w: r.method.mixer.kind == kind and r.peers.mixing != "metropolis",
+        "its weights are its own, so that peers.mixing has no effect; remove it",
+    )  # fmt: skip
+
+
+def relaying(other: str, meets: Meets, reason: str) -> Clash:
+    return Clash(
+        "mixer relay_sum", other, lambda r, t, w: r.method.mixer.kind == "relay_sum" and meets(r, t, w), reason
+    )
+
+
+def trained_alone(recipe: Recipe, topology: Topology, mixing: Mixing) -> bool:
+    """Tells whether what is shared alternates from round to round."""
+    schedule = recipe.method.schedule
+    return bool(schedule.kind == "alternating" and schedule.options["mix"] == "trained")
+
+
+def is_tree(topology: Topology) -> bool:
+    return not topology.changes and len(topology(1).edges) == topology.num_peers - 1
 
 
 def mixing_given_twice(kind: str) -> Clash:
@@ -106,10 +131,27 @@ CLASHES: Sequence[Clash] = (
         lambda r, t, w: r.method.mixer.kind == "exact" and r.peers.participation < 1,
         "weights of 1/n are no average of those who are present; use topology complete",
     ),
-    Clash(
-        "mixer exact", "peers.mixing other than metropolis",
-        lambda r, t, w: r.method.mixer.kind == "exact" and r.peers.mixing != "metropolis",
-        "its weights are 1/n, so that peers.mixing has no effect; remove it",
+    *map(weights_of_its_own, ("exact", "relay_sum")),
+    relaying(
+        "a graph that is no tree", lambda r, t, w: not is_tree(t),
+        "sums would go in circles; use topology line or star, or edges of a tree",
+    ),
+    relaying("participation below 1", lambda r, t, w: r.peers.participation < 1, f"{MISSING}; use mixer plain"),
+    relaying(
+        "a correction", lambda r, t, w: r.method.correction.kind != "none",
+        "the mean of peers is not kept, so that no correction sums to zero; use correction none",
+    ),
+    relaying(
+        "codecs with errors", lambda r, t, w: r.method.codec.kind != "fp32",
+        "what a sum is off by is never made up for; use codec fp32",
+    ),
+    relaying(
+        "schedule alternating(mix=trained)", trained_alone,
+        "its sums are of what is shared in every round; use mix=both",
+    ),
+    relaying(
+        "train.order seed", lambda r, t, w: r.train.order == "seed",
+        "it counts from round 1 who is in a sum, and the seed mixes before; use order standard",
     ),
     Clash(
         "correction k_gt(second_moments)", "optimizer sgd",
@@ -136,9 +178,9 @@ CLASHES: Sequence[Clash] = (
         "what they make of a neighbourhood is no flow that a correction could sum up; use combine mean",
     ),
     Clash(
-        "combine product, fair or rotated", "mixers of several exchanges",
+        "combine product, fair or rotated", "mixers other than plain and exact",
         lambda r, t, w: r.method.combine != "mean" and r.method.mixer.kind not in ("plain", "exact"),
-        "polynomials of what is not linear mean nothing; use mixer plain or exact",
+        "sums and polynomials of what is not linear mean nothing; use mixer plain or exact",
     ),
     Clash(
         "combine product, fair or rotated", "schedules that share one factor",
@@ -182,15 +224,12 @@ CLASHES: Sequence[Clash] = (
     ),
     Clash(
         "codec choco", "schedule alternating(mix=trained)",
-        lambda r, t, w: (
-            r.method.codec.kind == "choco"
-            and r.method.schedule.kind == "alternating"
-            and r.method.schedule.options["mix"] == "trained"
-        ),
+        lambda r, t, w: r.method.codec.kind == "choco" and trained_alone(r, t, w),
         "its replicas are of what is shared in every round; use mix=both",
     ),
 )  # fmt: skip
 OF_REAL_PEERS: Sequence[Clash] = (
+    relaying("real peers", lambda r, t, w: True, f"{MISSING}, and messages between them can be lost; use mixer plain"),
     Clash(
         "codec choco", "real peers",
         lambda r, t, w: r.method.codec.kind == "choco",

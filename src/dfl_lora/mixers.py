@@ -9,20 +9,25 @@
                     W and not of L, so that any mixing will do (mixing: laplacian takes `mixing.exact_in` exchanges)
     closing         plain, and after the last round as many Chebyshev exchanges as bring peers to 1e-6 of their distance
     gossip_pga(h)   plain, and every h rounds the same (Gossip-PGA, arXiv 2105.09080, whose mean is a server's)
+    relay_sum       the mean of all, those at distance d as they were d - 1 rounds ago: see `RelaySum`   one exchange
 
-All of them keep the mean, whatever messages are lost: each is a sum of flows that cancel, times a polynomial with
+All but the last keep the mean, whatever messages are lost: each is a sum of flows that cancel, times a polynomial with
 p(1) = 1. rho and the eigenvalues are those of the recipe's graph; where edges fail peers agree a little less.
 Roots of finite_time are taken in Leja's order, each the furthest from those before, so that what is in between stays
 small. Noise in an exchange is amplified all the same: by up to 25-100 from 16 peers on, so that it is for 10 at most.
 
-Sources: Chebyshev, e.g. Scaman et al. 2017, arXiv 1702.08704; finite time, Sundaram and Hadjicostis 2007. Checked are
-the contractions and exactness of both (tests/test_mixers.py).
+Sources: Chebyshev, e.g. Scaman et al. 2017, arXiv 1702.08704; finite time, Sundaram and Hadjicostis 2007; RelaySum,
+Vogels et al. 2021, arXiv 2110.04175. Checked are the contractions and exactness of the first two, and the delays of the
+last (tests/test_mixers.py).
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
+import networkx as nx
 import numpy as np
 
 from dfl_lora.choices import Positive
@@ -36,17 +41,37 @@ if TYPE_CHECKING:
 Values = Mapping[int, "Tensors"]
 Exchange = Callable[[Values, int], Values]
 """(values of the hosted peers, number of the exchange within the round) -> combined values: one W x."""
-Mixer = Callable[[Values, Exchange, int], Values]
-"""(values, exchange, round) -> mixed values."""
+Kept = Mapping[int, Mapping[str, "Tensors"]]
+"""What a mixer keeps of each peer from round to round, by name."""
 AGREED = 1e-6
 """What is left of peers' distances where a mixer is to bring them to agreement."""
+NOTHING: Kept = {}
 MOST_EXACT = 10
 """Peers, above which finite_time is refused."""
 
 
-def once(values: Values, exchange: Exchange, t: int) -> Values:
-    """Returns W x."""
-    return exchange(values, 0)
+class Mixer(Protocol):
+    """(values, exchange, round, what it keeps) -> mixed values; `memory` names the peer's own vectors that it keeps."""
+
+    @property
+    def memory(self) -> Sequence[str]: ...
+
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = ...) -> Values: ...
+
+
+@dataclass(frozen=True)
+class Forgetful:
+    """A mixer of what comes in a round alone."""
+
+    mix: Callable[[Values, Exchange, int], Values]
+    memory: Sequence[str] = ()
+
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = NOTHING) -> Values:
+        return self.mix(values, exchange, t)
+
+
+once = Forgetful(lambda values, exchange, t: exchange(values, 0))
+"""W x."""
 
 
 def plain(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
@@ -80,7 +105,7 @@ def accelerated(rho: float, k: int) -> Mixer:
     if rho == 0 or k == 1:
         return once
 
-    def mixer(values: Values, exchange: Exchange, t: int) -> Values:
+    def mix(values: Values, exchange: Exchange, t: int) -> Values:
         """The terms are ratios a_(j-1) / a_j, since a_j itself grows without bound."""
         before, now, ratio = values, exchange(values, 0), rho
         for j in range(1, k):
@@ -88,7 +113,7 @@ def accelerated(rho: float, k: int) -> Mixer:
             before, now = now, between(before, exchange(now, j), 2.0 * ratio / rho)
         return now
 
-    return mixer
+    return Forgetful(mix)
 
 
 def between(first: Values, second: Values, share: float) -> Values:
@@ -100,13 +125,13 @@ def finite_time(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
     """The mean of all in as many exchanges as W has different eigenvalues besides 1; up to 10 peers."""
     roots = leja(eigenvalues(matrix(graph, mixing))[1:].tolist())
 
-    def mixer(values: Values, exchange: Exchange, t: int) -> Values:
+    def mix(values: Values, exchange: Exchange, t: int) -> Values:
         """(W y - mu y) / (1 - mu) = y + (W y - y) / (1 - mu)."""
         for j, root in enumerate(roots):
             values = between(values, exchange(values, j), 1.0 / (1.0 - root))
         return values
 
-    return mixer
+    return Forgetful(mix)
 
 
 def leja(roots: list[float]) -> list[float]:
@@ -133,13 +158,75 @@ def agreement(graph: Graph, mixing: Mixing) -> Mixer:
 def closing(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
     """W x in every round but the last, which ends with peers that agree to 1e-6 of how far apart they were."""
     last = agreement(graph, mixing)
-    return lambda values, exchange, t: (last if t == rounds else once)(values, exchange, t)
+    return Forgetful(lambda values, exchange, t: (last if t == rounds else once)(values, exchange, t))
 
 
 def gossip_pga(graph: Graph, mixing: Mixing, rounds: int, *, every: Positive = 6) -> Mixer:
     """W x, and every so many rounds agreement on the mean of all, to 1e-6."""
     mean = agreement(graph, mixing)
-    return lambda values, exchange, t: (once if t % every else mean)(values, exchange, t)
+    return Forgetful(lambda values, exchange, t: (once if t % every else mean)(values, exchange, t))
+
+
+@dataclass(frozen=True)
+class RelaySum:
+    """Sums go along a tree, each neighbour's without what came from the peer itself, so that everybody counts once.
+
+        m_ij(t) = x_i(t) + sum over neighbours k but j of m_ki(t - 1)           what i tells j in round t
+        x_i+    = ((n - c_i) x_i(t) + M_i(t)) / n,   M_i = sum_j m_ji,  c_i = how many peers that sum is of
+
+    Here every peer says one value to all its neighbours, S_i(t) = x_i(t) + M_i(t - 1); since m_ij(t) is S_i(t) without
+    m_ji(t - 1), M_i(t) = sum_j S_j(t) - d_i S_i(t - 1) + M_i(t - 2), with d_i neighbours. What is lost of a sum is
+    missing ever after, so every message has to come. The mean of peers is not kept: they agree on the mean of values
+    that are some rounds old, and where these stay, on the mean of all.
+    """
+
+    graph: Graph
+    weight: float
+    """Of every edge in W, which has to be one."""
+    memory: Sequence[str] = ("relay_sent", "relay_now", "relay_before")
+
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = NOTHING) -> Values:
+        """Returns x+, and moves what is kept, S(t - 1), M(t - 1) and M(t - 2), one round on; zeros where nothing is."""
+        old = {i: [like(v, kept[i][name]) if i in kept else zero(v) for name in self.memory] for i, v in values.items()}
+        sums = {i: v.with_flat(v.flat + old[i][1].flat) for i, v in values.items()}
+        mixed, n, others = dict(values), self.graph.num_peers, reached(self.graph, t)
+        for i, exchanged in exchange(sums, 0).items():
+            sent, now, before = (vector.flat.clone() for vector in old[i])
+            told = (exchanged.flat - sums[i].flat) / self.weight + self.graph.degree(i) * (sums[i].flat - sent)
+            news = told + before
+            mixed[i] = values[i].with_flat(values[i].flat + (news - others[i] * values[i].flat) / n)
+            for name, moved in zip(self.memory, (sums[i].flat, news, now), strict=True):
+                if i in kept:
+                    kept[i][name].assign(values[i].layout.roles, values[i].with_flat(moved))
+        return mixed
+
+
+def like(value: "Tensors", vector: "Tensors") -> "Tensors":
+    """Returns the part of a vector that has the roles of a value."""
+    return vector.select(value.layout.roles)
+
+
+def zero(value: "Tensors") -> "Tensors":
+    return value.with_flat(0 * value.flat)
+
+
+@lru_cache(maxsize=1)
+def reached(graph: Graph, t: int) -> Sequence[int]:
+    """Returns of how many other peers the sum is that each has in round t, on a tree: of those at most t away."""
+    edges, degrees = nx.adjacency_matrix(graph.networkx, weight=None), [graph.degree(i) for i in range(graph.num_peers)]
+    before = now = sent = np.zeros(graph.num_peers, dtype=np.int64)
+    for _ in range(t):  # the recursion of the sums, of ones
+        told = 1 + now
+        before, now, sent = now, edges @ told - degrees * sent + before, told
+        if (now == graph.num_peers - 1).all():
+            break
+    found: list[int] = now.tolist()
+    return found
+
+
+def relay_sum(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
+    """The mean of all, of those far away as they were some rounds ago; on trees, one exchange."""
+    return RelaySum(graph, next(iter(mixing(graph, 0).weights.values()), 1.0))
 
 
 MIXERS: Mapping[str, Callable[..., Mixer]] = {
@@ -149,4 +236,5 @@ MIXERS: Mapping[str, Callable[..., Mixer]] = {
     "finite_time": finite_time,
     "closing": closing,
     "gossip_pga": gossip_pga,
+    "relay_sum": relay_sum,
 }

@@ -82,12 +82,14 @@ def check_resume(run: Path) -> None:
 
 
 def talks_of(recipe: Recipe) -> tuple[Topology, Mixing]:
-    """Returns the graphs of all rounds and the weights on them; an exact mean is everybody with everybody."""
+    """Returns the graphs of all rounds and the weights on them, which an exact mean and sums bring themselves."""
     peers, wanted = recipe.peers, recipe.peers.topology
     topology = topology_of(wanted.of(peers.num_peers))
     weights = weights_of(wanted.kind, wanted.options, peers.mixing)
     if recipe.method.mixer.kind == "exact":
         return topology_of(complete(peers.num_peers)), mixing.uniform
+    if recipe.method.mixer.kind == "relay_sum":
+        return topology, mixing.max_degree
     return topology, weights
 
 

@@ -49,8 +49,8 @@ class Method:
 
     @property
     def memory(self) -> tuple[str, ...]:
-        """The vectors that correction and codec keep in each peer."""
-        return (*self.correction.memory, *self.codec.memory)
+        """The vectors that correction, mixer and codec keep in each peer."""
+        return (*self.correction.memory, *self.mixer.memory, *self.codec.memory)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def mix(peers: Peers, phase: Phase, graph: Graph, t: int, method: Method, networ
         return combined
 
     outgoing = {i: method.correction.outgoing(p, phase) for i, p in hosted.items()}
-    values = method.mixer(outgoing, exchange, t)
+    values = method.mixer(outgoing, exchange, t, {i: peer.memory for i, peer in hosted.items()})
     phase = replace(phase, lost=frozenset(lost))
     for i, mixed in values.items():
         method.correction.incoming(hosted[i], phase, mixed)

@@ -88,7 +88,7 @@ RECIPES = {
 AXES = {"schedule": SCHEDULES, "correction": CORRECTIONS, "mixer": MIXERS, "combine": COMBINES, "codec": CODECS}
 NEEDS: dict[str, dict[str, object]] = {
     "core": {"lora__init": "orthonormal"}, "d2": {"peers__mixing": "lazy"},
-    "gossip_pga": {"method__mixer": "gossip_pga(every=2)"},
+    "gossip_pga": {"method__mixer": "gossip_pga(every=2)"}, "relay_sum": {"peers__num_peers": 5},
     "k_gt": {"method__correction": "k_gt(second_moments=2, clip=5.0, decay=0.5)", "method__schedule": "alternating"},
 }  # fmt: skip
 

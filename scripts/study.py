@@ -158,21 +158,19 @@ def named(rows: Sequence[Row], block: str) -> dict[str, list[Row]]:
     return found
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields the table of each block: paired with the server and with LoRA gossip where they were run."""
-    for block in dict.fromkeys(row["block"] for row in rows):
-        arms = named(rows, block)
-        server, lora = arms.get("server", []), arms.get("lora", [])
-        yield f"\n## {block}\n"
-        yield f"| {' | '.join(CELLS)} |"
-        yield "|---" * len(CELLS) + "|"
-        for arm, found in arms.items():
-            cells = [interval([number(row, name) for row in found]) for name in ("mean", "worst", "consensus")]
-            cells += [interval(paired(found, other, "mean")) if found is not other else "–" for other in (server, lora)]
-            cells.append(f"{np.median([number(row, 'late_disagreement') for row in found]):.2g}")
-            cost = np.mean([number(row, "bytes_per_peer") for row in found])
-            cells.append(f"{cost / np.mean([number(row, 'bytes_per_peer') for row in lora]):.2f}" if lora else "–")
-            yield f"| {arm} | {len(found)} | {' | '.join(cells)} |"
+def table(rows: Sequence[Row], block: str) -> Iterator[str]:
+    """Yields the table of a block: paired with the server and with LoRA gossip where they were run."""
+    arms = named(rows, block)
+    server, lora = arms.get("server", []), arms.get("lora", [])
+    yield f"| {' | '.join(CELLS)} |"
+    yield "|---" * len(CELLS) + "|"
+    for arm, found in arms.items():
+        cells = [interval([number(row, name) for row in found]) for name in ("mean", "worst", "consensus")]
+        cells += [interval(paired(found, other, "mean")) if found is not other else "–" for other in (server, lora)]
+        cells.append(f"{np.median([number(row, 'late_disagreement') for row in found]):.2g}")
+        cost = np.mean([number(row, "bytes_per_peer") for row in found])
+        cells.append(f"{cost / np.mean([number(row, 'bytes_per_peer') for row in lora]):.2f}" if lora else "–")
+        yield f"| {arm} | {len(found)} | {' | '.join(cells)} |"
 
 
 def paired(found: Sequence[Row], other: Sequence[Row], name: str) -> list[float]:
@@ -209,12 +207,23 @@ def figure(rows: Sequence[Row], curves: Sequence[Row], block: str) -> Path:
     return path
 
 
-def report() -> None:
+def legend(study: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Yields the table of the arms there are rows of: what each sets, beside plain LoRA gossip at 1e-3."""
+    yield "| arm | what it sets |"
+    yield "|---|---|"
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        told = [f"`{key}={value}`" for key, value in study["arms"][arm].items()]
+        yield f"| {arm} | {', '.join(told) or 'nothing: LoRA, plain gossip, fp32, 1e-3'} |"
+
+
+def report(study: Mapping[str, Any]) -> None:
     """Writes the page of tables, and a figure for each block."""
     rows, curves = read(ROWS), read(CURVES)
-    text = [HEAD, *tables(rows)]
-    for block in dict.fromkeys(row["block"] for row in curves):
-        text += ["", f"![Accuracy and disagreement in {block}]({figure(rows, curves, block).name})"]
+    rows.sort(key=lambda row: "rates" in study["blocks"][row["block"]])  # what a rate was chosen by comes last
+    text = [HEAD, *legend(study, rows)]
+    for block in dict.fromkeys(row["block"] for row in rows):
+        picture = figure(rows, curves, block).name
+        text += [f"\n## {block}\n", *table(rows, block), f"\n![Accuracy and disagreement in {block}]({picture})"]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
@@ -235,7 +244,7 @@ def main() -> None:
             break
         print(f"{(monotonic() - start) / 60:6.1f} min  {trial.block}: {trial.arm}, seed {trial.seed}", flush=True)
         run(trial)
-    report()
+    report(study)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "a last round of many exchanges": ("method.mixer=closing", "peers.num_peers=5"),
     "agreement now and then": ("method.mixer=gossip_pga(every=2)", "peers.num_peers=5", "train.rounds=5"),
     "second moments now and then": ("method.correction=k_gt(second_moments=2)", "train.rounds=5"),
+    "sums along a tree": ("method.mixer=relay_sum", "peers.num_peers=5", "peers.topology=star"),
     "alone": ("peers.num_peers=1",),
 }
 

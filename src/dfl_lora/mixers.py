@@ -195,9 +195,8 @@ class RelaySum:
             told = (exchanged.flat - sums[i].flat) / self.weight + self.graph.degree(i) * (sums[i].flat - sent)
             news = told + before
             mixed[i] = values[i].with_flat(values[i].flat + (news - others[i] * values[i].flat) / n)
-            for name, moved in zip(self.memory, (sums[i].flat, news, now), strict=True):
-                if i in kept:
-                    kept[i][name].assign(values[i].layout.roles, values[i].with_flat(moved))
+            for name, moved in zip(self.memory, (sums[i].flat, news, now), strict=True) if i in kept else ():
+                kept[i][name].assign(values[i].layout.roles, values[i].with_flat(moved))
         return mixed
 
 

@@ -148,29 +148,35 @@ def interval(values: Sequence[float]) -> str:
 
 
 def named(rows: Sequence[Row], block: str) -> dict[str, list[Row]]:
-    """Returns a block's rows by arm, and by learning rate in brackets where an arm has several."""
-    own = [row for row in rows if row["block"] == block]
-    rates = {arm: {row["rate"] for row in own if row["arm"] == arm} for arm in {row["arm"] for row in own}}
+    """Returns a block's rows by arm and learning rate."""
     found = dict[str, list[Row]]()
-    for row in own:
-        name = f"{row['arm']} ({row['rate']})" if len(rates[row["arm"]]) > 1 else row["arm"]
-        found.setdefault(name, []).append(row)
+    for row in rows:
+        if row["block"] == block:
+            found.setdefault(f"{row['arm']} ({float(row['rate']):g})", []).append(row)
     return found
 
 
 def table(rows: Sequence[Row], block: str) -> Iterator[str]:
-    """Yields the table of a block: paired with the server and with LoRA gossip where they were run."""
+    """Yields the table of a block: paired with the server and with LoRA gossip where they were run at one rate."""
     arms = named(rows, block)
-    server, lora = arms.get("server", []), arms.get("lora", [])
+    server, lora = (alone(arms, name) for name in ("server", "lora"))
     yield f"| {' | '.join(CELLS)} |"
     yield "|---" * len(CELLS) + "|"
     for arm, found in arms.items():
         cells = [interval([number(row, name) for row in found]) for name in ("mean", "worst", "consensus")]
-        cells += [interval(paired(found, other, "mean")) if found is not other else "–" for other in (server, lora)]
+        for other in (server, lora):
+            pairs = paired(found, other, "mean") if found is not other else []
+            cells.append(interval(pairs) + (f" (of {len(pairs)})" if 0 < len(pairs) < len(found) else ""))
         cells.append(f"{np.median([number(row, 'late_disagreement') for row in found]):.2g}")
         cost = np.mean([number(row, "bytes_per_peer") for row in found])
         cells.append(f"{cost / np.mean([number(row, 'bytes_per_peer') for row in lora]):.2f}" if lora else "–")
         yield f"| {arm} | {len(found)} | {' | '.join(cells)} |"
+
+
+def alone(arms: Mapping[str, list[Row]], name: str) -> list[Row]:
+    """Returns the rows of an arm of which there is one learning rate, else none."""
+    found = [rows for arm, rows in arms.items() if arm.startswith(f"{name} (")]
+    return found[0] if len(found) == 1 else []
 
 
 def paired(found: Sequence[Row], other: Sequence[Row], name: str) -> list[float]:
@@ -208,12 +214,12 @@ def figure(rows: Sequence[Row], curves: Sequence[Row], block: str) -> Path:
 
 
 def legend(study: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
-    """Yields the table of the arms there are rows of: what each sets, beside plain LoRA gossip at 1e-3."""
+    """Yields the table of the arms there are rows of: what each sets, beside its learning rate."""
     yield "| arm | what it sets |"
     yield "|---|---|"
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        told = [f"`{key}={value}`" for key, value in study["arms"][arm].items()]
-        yield f"| {arm} | {', '.join(told) or 'nothing: LoRA, plain gossip, fp32, 1e-3'} |"
+        told = [f"`{key}={value}`" for key, value in study["arms"][arm].items() if key != "train.learning_rate"]
+        yield f"| {arm} | {', '.join(told) or 'nothing: LoRA, plain gossip, fp32'} |"
 
 
 def report(study: Mapping[str, Any]) -> None:
@@ -223,7 +229,10 @@ def report(study: Mapping[str, Any]) -> None:
     text = [HEAD, *legend(study, rows)]
     for block in dict.fromkeys(row["block"] for row in rows):
         picture = figure(rows, curves, block).name
-        text += [f"\n## {block}\n", *table(rows, block), f"\n![Accuracy and disagreement in {block}]({picture})"]
+        settings = study["blocks"][block].get("set", {}).items()
+        recipe = ", ".join([study["blocks"][block]["recipe"], *(f"{key}={value}" for key, value in settings)])
+        text += [f"\n## {block}\n", f"`{recipe}`; learning rates in brackets.", "", *table(rows, block)]
+        text += ["", f"![Accuracy and disagreement in {block}]({picture})"]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

@@ -31,6 +31,9 @@ MEETING: dict[tuple[str, str], dict[str, Any]] = {
         "method": {"mixer": "relay_sum"}, "peers": {"topology": "line", "mixing": "lazy"},
     },
     ("mixer relay_sum", "a graph that is no tree"): {"method": {"mixer": "relay_sum"}, "peers": {"topology": "ring"}},
+    ("mixer relay_sum", "topology matrix"): {
+        "method": {"mixer": "relay_sum"}, "peers": {"topology": "matrix(rows=[[0.5,0.5],[0.5,0.5]])", "num_peers": 2},
+    },
     **{
         ("mixer relay_sum", other): {
             "peers": {"topology": "line"}, **case, "method": {"mixer": "relay_sum"} | case.get("method", {})
@@ -86,6 +89,7 @@ APART: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer exact", "peers.mixing other than metropolis"): {"method": {"mixer": "plain"}},
     ("mixer relay_sum", "peers.mixing other than metropolis"): {"peers": {"mixing": "metropolis"}},
     ("mixer relay_sum", "a graph that is no tree"): {"peers": {"topology": "star"}},
+    ("mixer relay_sum", "topology matrix"): {"peers": {"topology": "line"}},
     ("mixer relay_sum", "a correction"): {"method": {"correction": "none"}},
     ("mixer relay_sum", "codecs with errors"): {"method": {"codec": "fp32"}},
     ("mixer relay_sum", "schedule alternating(mix=trained)"): {"method": {"schedule": "alternating(mix=both)"}},
@@ -136,7 +140,7 @@ def test_what_does_not_go_together_is_refused_and_its_neighbour_is_not(pair: tup
 
 def test_who_said_no_method_is_told_which_there_is() -> None:
     with pytest.raises(
-        UserError, match=r"use mixer plain\. \(A recipe that says no method has both k_gt and chebyshev"
+        UserError, match=r"use mixer plain\. \(A recipe that says no method has k_gt, chebyshev\(k=2\), int8\.\)$"
     ):
         preflight(resolve({**TOY, "peers": {"topology": "random_matching"}}))
     preflight(resolve({**TOY, "train": {"optimizer": "sgd"}}))

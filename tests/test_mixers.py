@@ -39,7 +39,9 @@ def applied(
         return {i: Tensors(mixed[i], layout) for i in range(n)}
 
     eye = torch.eye(n, dtype=torch.float64)
-    found = MIXERS[mixer](graph, mixing, rounds, **options)({i: Tensors(eye[i], layout) for i in range(n)}, exchange, t)
+    found = MIXERS[mixer](graph, mixing, rounds, **options)(
+        {i: Tensors(eye[i], layout) for i in range(n)}, exchange, t, {}
+    )
     assert numbers == list(range(len(numbers)))
     made = torch.stack([found[i].flat for i in range(n)])
     assert torch.allclose(made.sum(0), torch.ones(n, dtype=torch.float64), rtol=0, atol=1e-11), "the mean stays"
@@ -78,7 +80,7 @@ def test_finite_time_takes_the_exchanges_that_are_known_under_laplacian_mixing(f
         return {i: values[i].with_flat(sum(w[i, j] * values[j].flat for j in range(7))) for i in range(7)}  # type: ignore[misc]
 
     one = {i: Tensors(torch.ones(1, dtype=torch.float64), Layout.of({"x": ("A", (1,))})) for i in range(7)}
-    MIXERS["finite_time"](graph, laplacian, 8)(one, exchange, 1)
+    MIXERS["finite_time"](graph, laplacian, 8)(one, exchange, 1, {})
     assert exchanges == FACTS[fact][4] == exact_in(graph)
 
 

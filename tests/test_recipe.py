@@ -67,6 +67,11 @@ def test_a_recipe_that_says_no_method_has_the_winner_and_one_that_does_has_the_p
     assert said.method.correction.kind == "k_gt" and said.method.mixer.kind == "chebyshev"
     changed = with_settings("method.codec=bf16").method
     assert changed == said.method.model_copy(update={"codec": changed.codec}) and changed.codec.kind == "bf16"
+    for nothing in (None, {}):
+        assert resolve(shortest() | {"method": nothing}).method == with_settings("method={}").method == DEFAULT_METHOD
+    for wrong in (False, 0, "", []):
+        with pytest.raises(UserError, match=r"method"):
+            resolve(shortest() | {"method": wrong})
     plain = resolve(shortest() | {"method": {"codec": "int8"}}).method
     assert (plain.correction.kind, plain.mixer.kind, plain.codec.kind) == ("none", "plain", "int8")
 

@@ -13,6 +13,7 @@ from dfl_lora.data.causal import render
 from dfl_lora.fitting import fitted
 from dfl_lora.graphs import Graph
 from dfl_lora.memory import Estimate, estimate
+from dfl_lora.mixing import sums
 from dfl_lora.models.base import load_tokenizer
 from dfl_lora.networks import Arrived
 from dfl_lora.outlook import outlook
@@ -140,7 +141,7 @@ def prediction(federation: Federation) -> Prediction:
     peers, predicted = federation.recipe.peers, outlook(federation.topology, federation.method.mixing)
     return Prediction(
         str(peers.topology),
-        "its own" if peers.topology.kind in OWN_WEIGHTS else peers.mixing,
+        "its own" if peers.topology.kind in OWN_WEIGHTS or federation.method.mixing is sums else peers.mixing,
         len(predicted.edges),
         predicted.num_rounds,
         1.0 - predicted.rho,

@@ -10,7 +10,7 @@ from dfl_lora.errors import UserError
 from dfl_lora.graphs import DENSE
 from dfl_lora.mixers import MOST_EXACT
 from dfl_lora.mixing import ROUNDING, Mixing, chebyshev_contraction, eigenvalues, matrix
-from dfl_lora.recipe import DEFAULT_METHOD, MethodPart, Recipe
+from dfl_lora.recipe import DEFAULT_METHOD, WINNER, MethodPart, Recipe
 from dfl_lora.topologies import OWN_WEIGHTS, Topology
 
 Meets = Callable[[Recipe, Topology, Mixing], bool]
@@ -46,6 +46,8 @@ OF_ONE_GRAPH = ("chebyshev", "finite_time", "closing", "gossip_pga")
 """Mixers whose polynomials are made for the eigenvalues of one W."""
 DRIFTING = ("led", "d2")
 """Corrections that keep what one W moved, which another W takes up wrongly: see corrections/led.py."""
+TRACKING = ("correction", "mixer", "codec")
+"""The axes in which the default is not plain gossip."""
 CHANGING = "a topology that changes from round to round"
 MISSING = "a sum that does not come is missing ever after"
 
@@ -70,7 +72,7 @@ def agreeing_with_absence(kind: str) -> Clash:
     return Clash(
         f"mixer {kind}", "participation below 1",
         lambda r, t, w: r.method.mixer.kind == kind and r.peers.participation < 1,
-        "who is absent from the round in which all are to agree does not; use mixer plain or chebyshev",
+        "peers that are absent when all are to agree would stay apart; use mixer plain or chebyshev",
     )  # fmt: skip
 
 
@@ -135,6 +137,10 @@ CLASHES: Sequence[Clash] = (
     relaying(
         "a graph that is no tree", lambda r, t, w: not is_tree(t),
         "sums would go in circles; use topology line or star, or edges of a tree",
+    ),
+    relaying(
+        "topology matrix", lambda r, t, w: r.peers.topology.kind == "matrix",
+        "its weights are its own, so that those of the rows have no effect; use topology edges",
     ),
     relaying("participation below 1", lambda r, t, w: r.peers.participation < 1, f"{MISSING}; use mixer plain"),
     relaying(
@@ -255,14 +261,10 @@ def both_shared(recipe: Recipe) -> bool:
     return all({"A", "B"} <= schedule(t).shared for t in range(1, recipe.train.rounds + 1))
 
 
-def unsaid(recipe: Recipe) -> bool:
-    """Tells whether correction and mixer are those of a recipe that says none."""
-    return (recipe.method.correction, recipe.method.mixer) == (DEFAULT_METHOD.correction, DEFAULT_METHOD.mixer)
-
-
 def plain(recipe: Recipe) -> Recipe:
-    """Returns the recipe without correction, with one exchange a round."""
-    plainly = {"correction": MethodPart().correction, "mixer": MethodPart().mixer}
+    """Returns the recipe without the default's correction, mixer and codec, where it has two of them: it said none."""
+    axes = [a for a in TRACKING if getattr(recipe.method, a) == getattr(DEFAULT_METHOD, a)]
+    plainly = {axis: getattr(MethodPart(), axis) for axis in axes if len(axes) > 1}
     return recipe.model_copy(update={"method": recipe.method.model_copy(update=plainly)})
 
 
@@ -270,6 +272,7 @@ def check_method(recipe: Recipe, topology: Topology, mixing: Mixing, *, real: bo
     """Raises where two values of a method cannot be used together; `real`: between real peers."""
     for clash in (*CLASHES, *(OF_REAL_PEERS if real else ())):
         if clash.meets(recipe, topology, mixing):
-            own = unsaid(recipe) and not clash.meets(plain(recipe), topology, mixing)
-            hint = " (A recipe that says no method has both k_gt and chebyshev.)" if own else ""
+            own = not clash.meets(plain(recipe), topology, mixing)
+            default = ", ".join(WINNER[axis] for axis in TRACKING)
+            hint = f" (A recipe that says no method has {default}.)" if own else ""
             raise UserError(f"{clash.one} does not go with {clash.other}: {clash.reason}.{hint}")

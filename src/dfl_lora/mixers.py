@@ -17,8 +17,8 @@ Roots of finite_time are taken in Leja's order, each the furthest from those bef
 small. Noise in an exchange is amplified all the same: by up to 25-100 from 16 peers on, so that it is for 10 at most.
 
 Sources: Chebyshev, e.g. Scaman et al. 2017, arXiv 1702.08704; finite time, Sundaram and Hadjicostis 2007; RelaySum,
-Vogels et al. 2021, arXiv 2110.04175. Checked are the contractions and exactness of the first two, and the delays of the
-last (tests/test_mixers.py).
+Vogels et al. 2021, arXiv 2110.04175. Checked are the contractions and exactness of the first two (tests/test_mixers.py)
+and the delays of the last (tests/laws/test_relay_sum.py).
 """
 
 import math
@@ -45,7 +45,6 @@ Kept = Mapping[int, Mapping[str, "Tensors"]]
 """What a mixer keeps of each peer from round to round, by name."""
 AGREED = 1e-6
 """What is left of peers' distances where a mixer is to bring them to agreement."""
-NOTHING: Kept = {}
 MOST_EXACT = 10
 """Peers, above which finite_time is refused."""
 
@@ -56,7 +55,7 @@ class Mixer(Protocol):
     @property
     def memory(self) -> Sequence[str]: ...
 
-    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = ...) -> Values: ...
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept) -> Values: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Forgetful:
     mix: Callable[[Values, Exchange, int], Values]
     memory: Sequence[str] = ()
 
-    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = NOTHING) -> Values:
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept) -> Values:
         return self.mix(values, exchange, t)
 
 
@@ -100,7 +99,7 @@ def known_rho(graph: Graph, mixing: Mixing) -> float:
     return rho
 
 
-def accelerated(rho: float, k: int) -> Mixer:
+def accelerated(rho: float, k: int) -> Forgetful:
     """Returns Chebyshev's polynomial of degree k for eigenvalues in [-rho, rho]."""
     if rho == 0 or k == 1:
         return once
@@ -147,7 +146,7 @@ def leja(roots: list[float]) -> list[float]:
     return ordered
 
 
-def agreement(graph: Graph, mixing: Mixing) -> Mixer:
+def agreement(graph: Graph, mixing: Mixing) -> Forgetful:
     """Returns Chebyshev's polynomial of the degree that leaves AGREED of distances; plain if peers never agree."""
     rho = known_rho(graph, mixing)
     if not 0 < rho < 1:
@@ -158,13 +157,13 @@ def agreement(graph: Graph, mixing: Mixing) -> Mixer:
 def closing(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
     """W x in every round but the last, which ends with peers that agree to 1e-6 of how far apart they were."""
     last = agreement(graph, mixing)
-    return Forgetful(lambda values, exchange, t: (last if t == rounds else once)(values, exchange, t))
+    return Forgetful(lambda values, exchange, t: (last if t == rounds else once).mix(values, exchange, t))
 
 
 def gossip_pga(graph: Graph, mixing: Mixing, rounds: int, *, every: Positive = 6) -> Mixer:
     """W x, and every so many rounds agreement on the mean of all, to 1e-6."""
     mean = agreement(graph, mixing)
-    return Forgetful(lambda values, exchange, t: (once if t % every else mean)(values, exchange, t))
+    return Forgetful(lambda values, exchange, t: (once if t % every else mean).mix(values, exchange, t))
 
 
 @dataclass(frozen=True)
@@ -177,36 +176,31 @@ class RelaySum:
     Here every peer says one value to all its neighbours, S_i(t) = x_i(t) + M_i(t - 1); since m_ij(t) is S_i(t) without
     m_ji(t - 1), M_i(t) = sum_j S_j(t) - d_i S_i(t - 1) + M_i(t - 2), with d_i neighbours. What is lost of a sum is
     missing ever after, so every message has to come. The mean of peers is not kept: they agree on the mean of values
-    that are some rounds old, and where these stay, on the mean of all.
+    that are some rounds old, and where these stay, on the mean of all. W has a 1 for every edge (`mixing.sums`).
     """
 
     graph: Graph
-    weight: float
-    """Of every edge in W, which has to be one."""
     memory: Sequence[str] = ("relay_sent", "relay_now", "relay_before")
 
-    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept = NOTHING) -> Values:
-        """Returns x+, and moves what is kept, S(t - 1), M(t - 1) and M(t - 2), one round on; zeros where nothing is."""
-        old = {i: [like(v, kept[i][name]) if i in kept else zero(v) for name in self.memory] for i, v in values.items()}
-        sums = {i: v.with_flat(v.flat + old[i][1].flat) for i, v in values.items()}
+    def __call__(self, values: Values, exchange: Exchange, t: int, kept: Kept) -> Values:
+        """Returns x+, and moves S(t - 1), M(t - 1) and M(t - 2), which are kept, on; raises where x is not finite."""
         mixed, n, others = dict(values), self.graph.num_peers, reached(self.graph, t)
+        old = {
+            i: [kept[i][name].select(v.layout.roles).flat.clone() for name in self.memory] for i, v in values.items()
+        }
+        sums = {i: v.with_flat(v.flat + old[i][1]) for i, v in values.items()}
+        for i in (i for i, v in sums.items() if not v.is_finite()):
+            raise UserError(
+                f"Peer {i} has numbers that are not finite in round {t}, and mixer relay_sum can leave out no part of "
+                "a sum; lower train.learning_rate, or use mixer plain, under which such a peer is left alone."
+            )
         for i, exchanged in exchange(sums, 0).items():
-            sent, now, before = (vector.flat.clone() for vector in old[i])
-            told = (exchanged.flat - sums[i].flat) / self.weight + self.graph.degree(i) * (sums[i].flat - sent)
-            news = told + before
-            mixed[i] = values[i].with_flat(values[i].flat + (news - others[i] * values[i].flat) / n)
-            for name, moved in zip(self.memory, (sums[i].flat, news, now), strict=True) if i in kept else ():
+            (sent, now, before), x, said = old[i], values[i].flat, sums[i].flat
+            news = exchanged.flat - said + self.graph.degree(i) * (said - sent) + before
+            mixed[i] = values[i].with_flat(x + (news - others[i] * x) / n)
+            for name, moved in zip(self.memory, (said, news, now), strict=True):
                 kept[i][name].assign(values[i].layout.roles, values[i].with_flat(moved))
         return mixed
-
-
-def like(value: "Tensors", vector: "Tensors") -> "Tensors":
-    """Returns the part of a vector that has the roles of a value."""
-    return vector.select(value.layout.roles)
-
-
-def zero(value: "Tensors") -> "Tensors":
-    return value.with_flat(0 * value.flat)
 
 
 @lru_cache(maxsize=1)
@@ -225,7 +219,7 @@ def reached(graph: Graph, t: int) -> Sequence[int]:
 
 def relay_sum(graph: Graph, mixing: Mixing, rounds: int) -> Mixer:
     """The mean of all, of those far away as they were some rounds ago; on trees, one exchange."""
-    return RelaySum(graph, next(iter(mixing(graph, 0).weights.values()), 1.0))
+    return RelaySum(graph)
 
 
 MIXERS: Mapping[str, Callable[..., Mixer]] = {

@@ -69,6 +69,11 @@ def uniform(graph: Graph, peer: int) -> Row:
     return Row(peer, dict.fromkeys(graph.neighbours(peer), 1.0 / graph.num_peers))
 
 
+def sums(graph: Graph, peer: int) -> Row:
+    """Returns w_ij = 1: W x is x_i + sum_j (x_j - x_i), of which `mixers.RelaySum` takes the sum of the neighbours."""
+    return Row(peer, dict.fromkeys(graph.neighbours(peer), 1.0))
+
+
 def lazy(graph: Graph, peer: int) -> Row:
     """Returns the row of (I + W) / 2, W of metropolis: half the weights."""
     return Row(peer, {j: weight / 2 for j, weight in metropolis(graph, peer).weights.items()})

@@ -29,7 +29,7 @@ MOST_CHANGING = 1000
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is predicted; nan is what is not known of so many peers."""
+    """What is predicted; nan is what is not known: of so many peers, or of `mixing.sums`, which do not mix alone."""
 
     num_rounds: int
     """Those that were looked at: 1, a cycle, or some that are drawn."""
@@ -52,6 +52,9 @@ def outlook(topology: Topology, weights: Mixing) -> Outlook:
     if topology.changes:
         return of_changing(topology, weights)
     graph = topology(1)
+    if weights is mixing.sums:
+        edges = tuple(sorted(graph.edges))
+        return Outlook(1, edges, mixing.messages(graph), math.nan, math.nan, math.nan, math.nan, math.nan)
     shrinks = mixing.rho_on(graph, weights)
     return Outlook(
         1,

@@ -89,7 +89,7 @@ def talks_of(recipe: Recipe) -> tuple[Topology, Mixing]:
     if recipe.method.mixer.kind == "exact":
         return topology_of(complete(peers.num_peers)), mixing.uniform
     if recipe.method.mixer.kind == "relay_sum":
-        return topology, mixing.max_degree
+        return topology, mixing.sums
     return topology, weights
 
 

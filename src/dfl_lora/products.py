@@ -120,7 +120,7 @@ def agreed(peers: Peers) -> Tensors:
     Where factors were turned, or have ranks of their own, the product of their means is not what peers agree on.
     """
     result, size = peers.mean(), len(peers)
-    for name in (e.name for e in peers.layout.entries if e.role == "A" and result.is_finite()):
+    for name in [e.name for e in peers.layout.entries if e.role == "A"] if result.is_finite() else ():
         a, b = (peers.stacked(name.removesuffix(".A") + factor).double() for factor in (".A", ".B"))
         first = max(range(size), key=lambda row: rank_of(a[row]))  # a peer of the full rank says what they are near to
         order = [first, *(row for row in range(size) if row != first)]

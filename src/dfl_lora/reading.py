@@ -59,10 +59,14 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+def with_method(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a mapping of recipe keys with the default method where it says none."""
+    return content | {"method": dict(WINNER)} if content.get("method") in (None, {}) else content
+
+
 def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str = "the recipe") -> Recipe:
     """Returns the checked recipe of a mapping with settings applied."""
-    if not content.get("method"):
-        content = content | {"method": dict(WINNER)}  # a setting changes one axis of it, and leaves the others
+    content = with_method(content)  # a setting changes one axis of it, and leaves the others
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -76,7 +80,7 @@ def resolve(content: dict[str, Any], settings: Sequence[str] = (), source: str =
         except ValueError as error:
             raise UserError(f"--set {setting}: {error}.") from None
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(with_method(content))
     except ValidationError as error:
         raise UserError(f"{source}: {sentence(error)}") from None
 

@@ -197,7 +197,7 @@ def gain(mixer: Mixer, exchange: int, t: int) -> float:
     def add(values: Values, k: int) -> Values:
         return {0: values[0].with_flat(values[0].flat + (k == exchange))}
 
-    return float(mixer(zero(), add, t)[0].flat.item())
+    return float(mixer(zero(), add, t, {0: dict.fromkeys(mixer.memory, zero()[0])})[0].flat.item())
 
 
 def num_exchanges(mixer: Mixer, t: int) -> int:
@@ -208,7 +208,7 @@ def num_exchanges(mixer: Mixer, t: int) -> int:
         counted.append(k)
         return values
 
-    mixer(zero(), count_one, t)
+    mixer(zero(), count_one, t, {0: dict.fromkeys(mixer.memory, zero()[0])})
     return len(counted)
 
 

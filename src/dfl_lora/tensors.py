@@ -150,7 +150,7 @@ class Tensors:
 
     def part(self, name: str, layout: Layout) -> "Tensors":
         """Returns a part of a joined message, as a view over the layout that it had before."""
-        start = next((e.start for e in self.layout.entries if e.name.startswith(f"{name}/")), 0)  # 0: an empty part
+        start = next((e.start for e in self.layout.entries if e.name.startswith(f"{name}/")), self.layout.size)
         return Tensors(self.flat[start : start + layout.size], layout)
 
     def with_flat(self, flat: Tensor) -> "Tensors":

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dfl_lora.errors import UserError
 from dfl_lora.graphs import Graph
 from dfl_lora.mixers import MIXERS, Mixer, reached
-from dfl_lora.mixing import max_degree, metropolis
+from dfl_lora.mixing import metropolis, sums
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.rounds import Method, mix
 from quadratics import LAYOUT, Quadratics, method_on
@@ -20,7 +21,7 @@ ROUNDS = 12
 
 
 def relay(graph: Graph) -> Mixer:
-    return MIXERS["relay_sum"](graph, max_degree, ROUNDS)
+    return MIXERS["relay_sum"](graph, sums, ROUNDS)
 
 
 def tree(num_peers: int, seed: int) -> Graph:
@@ -28,7 +29,7 @@ def tree(num_peers: int, seed: int) -> Graph:
 
 
 def on(graph: Graph) -> Method:
-    return method_on(graph, mixing=max_degree, mixer=relay(graph))
+    return method_on(graph, mixing=sums, mixer=relay(graph))
 
 
 def drawn(num_peers: int, seed: int) -> list[Tensor]:
@@ -52,7 +53,7 @@ def test_a_peer_hears_of_every_other_as_many_rounds_later_as_it_is_far(num_peers
             heard = [values[t - far[i][j]][j] for j in range(num_peers) if 0 < far[i][j] <= t]
             assert reached(graph, t)[i] == len(heard)
             own = (num_peers - len(heard)) * values[t - 1][i]
-            assert torch.allclose(peers.x[i], sum(heard, own) / num_peers, rtol=0, atol=1e-11)
+            assert torch.allclose(peers.x[i], (torch.stack([*heard, own]).sum(0)) / num_peers, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["line", "star", "random"])
@@ -64,3 +65,18 @@ def test_peers_end_where_a_server_would_bring_them(name: str) -> None:
     server = of.run(method_on(everyone, mixer=MIXERS["exact"](everyone, metropolis, 1)), 400).x
     assert torch.allclose(of.run(on(graph), 400).x, server, rtol=0, atol=1e-9)
     assert (of.run(method_on(graph), 400).x - server).norm(dim=1).max() > 0.1
+
+
+def test_a_peer_that_is_not_finite_stops_it_in_one_sentence() -> None:
+    """A sum with a part left out would be wrong ever after, at every peer."""
+    graph = tree(5, 1)
+    method, of = on(graph), Quadratics.drawn(5)
+    peers = of.peers(method)
+    mix(peers, method.schedule(1), graph, 1, method, MemoryNetwork())
+    peers.x[3, 2] = torch.nan
+    before = peers.x.clone()
+    with pytest.raises(
+        UserError, match=r"^Peer 3 has numbers that are not finite in round 2, .* use mixer plain, .*\.$"
+    ):
+        mix(peers, method.schedule(2), graph, 2, method, MemoryNetwork())
+    assert torch.allclose(peers.x, before, equal_nan=True, rtol=0, atol=0)

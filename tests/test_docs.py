@@ -73,6 +73,13 @@ def test_the_readme_lists_every_file_with_what_it_is() -> None:
     assert [line for line in tree.splitlines() if len(line.split()) < 2] == []
 
 
+def test_what_is_advised_is_what_was_measured() -> None:
+    """Every figure of an accuracy, an interval or a disagreement is one of the study's page."""
+    advice, page = ((ROOT / "docs" / name).read_text() for name in ("how-to-choose.md", "results/README.md"))
+    told, measured = (set(re.findall(r"-?\d\.\d{3,4}", text)) for text in (advice, page))
+    assert told - measured == set() and len(told) > 10
+
+
 def test_commands_named_in_the_documentation_exist() -> None:
     verbs = set(get_command(app).commands)  # type: ignore[attr-defined]
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):

@@ -242,7 +242,7 @@ class MethodPart(Part):
 
 
 WINNER = {"schedule": "lora", "correction": "k_gt", "mixer": "chebyshev(k=2)", "codec": "int8"}
-"""The method of a recipe that says none: see docs/results/README.md."""
+"""The method of a recipe that says none: see docs/how-to-choose.md."""
 DEFAULT_METHOD = MethodPart.model_validate(WINNER)
 
 

@@ -14,7 +14,9 @@ from dfl_lora.graphs import Graph
 from dfl_lora.mixers import MIXERS, Mixer, reached
 from dfl_lora.mixing import metropolis, sums
 from dfl_lora.networks.memory import MemoryNetwork
+from dfl_lora.peers import Peers
 from dfl_lora.rounds import Method, mix
+from dfl_lora.tensors import Tensors
 from quadratics import LAYOUT, Quadratics, method_on
 
 ROUNDS = 12
@@ -65,6 +67,22 @@ def test_peers_end_where_a_server_would_bring_them(name: str) -> None:
     server = of.run(method_on(everyone, mixer=MIXERS["exact"](everyone, metropolis, 1)), 400).x
     assert torch.allclose(of.run(on(graph), 400).x, server, rtol=0, atol=1e-9)
     assert (of.run(method_on(graph), 400).x - server).norm(dim=1).max() > 0.1
+
+
+def test_in_fp32_rounding_adds_up_slowly() -> None:
+    """Seven peers on a line, 300 rounds of mixing alone: the figure of the page."""
+    graph = Graph.of(7, list(pairwise(range(7))))
+    method = method_on(graph, mixing=sums, mixer=MIXERS["relay_sum"](graph, sums, 300))
+    start = 0.1 * torch.randn(7, LAYOUT.size, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        x = Tensors(torch.zeros(LAYOUT.size, dtype=dtype), LAYOUT)
+        peers = Peers(range(7), x, x.select(frozenset()), memory=method.memory)
+        peers.x.copy_(start)
+        for t in range(1, 301):
+            mix(peers, method.schedule(t), graph, t, method, MemoryNetwork())
+        ends.append(peers.x.double())
+    assert 0 < (ends[0] - ends[1]).abs().max() < 2e-6
 
 
 def test_a_peer_that_is_not_finite_stops_it_in_one_sentence() -> None:

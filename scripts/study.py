@@ -48,7 +48,8 @@ HEAD = """\
 Made by `python scripts/study.py --report` from [runs.csv](runs.csv) and [curves.csv](curves.csv); what was run is in
 [recipes/study](../../recipes/study). Accuracies are over peers, ± half of a 95 % interval (Student's t over seeds);
 `minus server` and `minus lora` are the difference of the mean to the server's average and to LoRA gossip, paired by
-seed; late disagreement is the median over seeds of the median relative disagreement of the second half of the rounds.
+seed (a block without them is paired with one that runs the same recipe); late disagreement is the median over seeds of
+the median relative disagreement of the second half of the rounds.
 """
 
 
@@ -156,21 +157,34 @@ def named(rows: Sequence[Row], block: str) -> dict[str, list[Row]]:
     return found
 
 
-def table(rows: Sequence[Row], block: str) -> Iterator[str]:
+def table(rows: Sequence[Row], block: str, study: Mapping[str, Any]) -> Iterator[str]:
     """Yields the table of a block: paired with the server and with LoRA gossip where they were run at one rate."""
     arms = named(rows, block)
-    server, lora = (alone(arms, name) for name in ("server", "lora"))
+    server, lora = (reference(rows, block, study, name) for name in ("server", "lora"))
     yield f"| {' | '.join(CELLS)} |"
     yield "|---" * len(CELLS) + "|"
     for arm, found in arms.items():
         cells = [interval([number(row, name) for row in found]) for name in ("mean", "worst", "consensus")]
         for other in (server, lora):
-            pairs = paired(found, other, "mean") if found is not other else []
+            pairs = paired(found, other, "mean") if found != other else []
             cells.append(interval(pairs) + (f" (of {len(pairs)})" if 0 < len(pairs) < len(found) else ""))
         cells.append(f"{np.median([number(row, 'late_disagreement') for row in found]):.2g}")
         cost = np.mean([number(row, "bytes_per_peer") for row in found])
         cells.append(f"{cost / np.mean([number(row, 'bytes_per_peer') for row in lora]):.2f}" if lora else "–")
         yield f"| {arm} | {len(found)} | {' | '.join(cells)} |"
+
+
+def reference(rows: Sequence[Row], block: str, study: Mapping[str, Any], name: str) -> list[Row]:
+    """Returns the rows of an arm: the block's own, else those of a block that runs the same recipe as it is."""
+
+    def asks(name: str) -> tuple[Any, Any]:
+        return study["blocks"][name]["recipe"], study["blocks"][name].get("set")
+
+    same = [other for other in study["blocks"] if asks(other) == asks(block)]
+    for other in (block, *same):
+        if found := alone(named(rows, other), name):
+            return found
+    return []
 
 
 def alone(arms: Mapping[str, list[Row]], name: str) -> list[Row]:
@@ -231,7 +245,7 @@ def report(study: Mapping[str, Any]) -> None:
         picture = figure(rows, curves, block).name
         settings = study["blocks"][block].get("set", {}).items()
         recipe = ", ".join([study["blocks"][block]["recipe"], *(f"{key}={value}" for key, value in settings)])
-        text += [f"\n## {block}\n", f"`{recipe}`; learning rates in brackets.", "", *table(rows, block)]
+        text += [f"\n## {block}\n", f"`{recipe}`; learning rates in brackets.", "", *table(rows, block, study)]
         text += ["", f"![Accuracy and disagreement in {block}]({picture})"]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")
 

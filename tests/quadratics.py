@@ -29,6 +29,7 @@ class Quadratics:
     centres: Tensor  # [n, P]
     tau: int = 3
     rate: float = 0.1
+    falls: float = 1.0  # by which a round multiplies the rate
 
     @staticmethod
     def drawn(num_peers: int, tau: int = 3, rate: float = 0.1) -> "Quadratics":
@@ -43,7 +44,7 @@ class Quadratics:
 
     @property
     def local(self) -> Local:
-        return Local(lambda i: self.tau, lambda t: self.rate, adaptive=False)
+        return Local(lambda i: self.tau, lambda t: self.rate * self.falls**t, adaptive=False)
 
     def gradients(self, x: Tensor) -> Tensor:
         return self.curvature * (x - self.centres)
@@ -54,13 +55,13 @@ class Quadratics:
         for span in LAYOUT.spans(phase.trained):
             trained[span] = True
         moving, memory = here[:, None] & trained, peers.memory
-        total = torch.zeros_like(peers.x)
+        total, rate = torch.zeros_like(peers.x), self.local.rate(round)
         for _ in range(self.tau):
             given = self.gradients(peers.x) + memory.get("gradient_shift", torch.zeros(()))
             total += torch.where(moving, given, 0)
-            peers.x -= torch.where(moving, self.rate * given, 0)
+            peers.x -= torch.where(moving, rate * given, 0)
             if "step_shift" in memory:
-                peers.x += torch.where(moving, memory["step_shift"], 0)
+                peers.x += torch.where(moving, rate * memory["step_shift"], 0)
         if "gradient_mean" in memory:
             memory["gradient_mean"][here] = total[here] / self.tau
         return {}

@@ -15,7 +15,7 @@ from dfl_lora.mixing import lazy, matrix, metropolis
 from dfl_lora.networks import Arrived
 from dfl_lora.networks.memory import MemoryNetwork
 from dfl_lora.peers import Peers
-from dfl_lora.rounds import Method, mix
+from dfl_lora.rounds import Method, mix, rounds
 from dfl_lora.schedules import SCHEDULES
 from dfl_lora.tensors import Layout, Tensors
 from quadratics import LAYOUT, Quadratics, method_on
@@ -46,6 +46,21 @@ def test_peers_with_different_data_end_at_the_optimum_of_all(name: str, mixer: s
     num_rounds = 1500 if far else 600 if mixer == "plain" else 300
     of = replace(SEVEN, rate=0.03) if far else SEVEN  # tracking through a long way needs short steps
     assert distance(corrected(name, GRAPHS[graph](7), mixer, of), num_rounds, of) < 1e-4
+
+
+@pytest.mark.parametrize("mixer", ["plain", "chebyshev"])
+@pytest.mark.parametrize("name", SUMS)
+def test_the_optimum_of_all_stays_one_while_the_learning_rate_falls(name: str, mixer: str) -> None:
+    of = replace(SEVEN, falls=0.7)
+    method = corrected(name, mixer=mixer, of=of)
+    peers = of.peers(method)
+    peers.x.copy_(of.optimum.expand_as(peers.x))
+    own = of.gradients(peers.x)
+    peers.memory[SUMS[name]].copy_(own if SUMS[name] == "step_shift" else -own)
+    for record in rounds(peers, method, of, MemoryNetwork()):
+        if record.round == 15:
+            break
+    assert (peers.x - of.optimum).abs().max() < 1e-12
 
 
 def test_plain_gossip_ends_elsewhere() -> None:

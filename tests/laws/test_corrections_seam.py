@@ -27,7 +27,7 @@ RING = GRAPHS["complete"](3)
 class Pull:
     """Sends x and the round's mean gradient z in one message; shifts by how far the neighbours' means are.
 
-    gradient_shift += M z - z, step_shift = (M x - x) / 8, x <- M x.
+    gradient_shift += M z - z, step_shift = 20 (M x - x), x <- M x.
     """
 
     memory: tuple[str, ...] = ("gradient_shift", "gradient_mean", "step_shift")
@@ -40,7 +40,7 @@ class Pull:
         x, z = mixed.part("x", own.layout), mixed.part("z", own.layout)
         shift = peer.memory["gradient_shift"].select(phase.shared)
         peer.memory["gradient_shift"].assign(phase.shared, shift.with_flat(shift.flat + z.flat - sent.flat))
-        peer.memory["step_shift"].assign(phase.shared, x.with_flat((x.flat - own.flat) / 8))
+        peer.memory["step_shift"].assign(phase.shared, x.with_flat(20 * (x.flat - own.flat)))
         peer.adapter.assign(phase.shared, x)
 
 
@@ -132,7 +132,7 @@ def test_the_mean_gradient_is_of_the_last_round_alone() -> None:
         assert torch.equal(peers.memory["gradient_mean"], fresh.memory["gradient_mean"])
 
 
-def test_the_step_shift_is_added_after_every_step_to_what_is_trained() -> None:
+def test_the_step_shift_times_the_rate_is_added_after_every_step_to_what_is_trained() -> None:
     work = LocalWork(1, 8, epochs=1, optimizer="sgd", learning_rate=0.1, scheduler="constant")
     setting = toy("lora", "frozen", work)
     for learner in both(setting):
@@ -141,7 +141,7 @@ def test_the_step_shift_is_added_after_every_step_to_what_is_trained() -> None:
         start = peers.x.clone()
         progress = learner.train(peers, setting.schedule(1), 1)
         steps = torch.tensor([[p.steps] for p in progress.values()]).double()
-        moved = steps * (peers.memory["step_shift"] - 0.1 * peers.memory["gradient_mean"])
+        moved = 0.1 * steps * (peers.memory["step_shift"] - peers.memory["gradient_mean"])
         assert torch.allclose(peers.x, start + moved, rtol=0, atol=1e-12)
 
 

@@ -26,9 +26,13 @@ SAMPLE = {
     "compute.threads": 1,
 }
 METHODS = {
-    "lora": "{schedule: lora}",
-    "freeze_a": "{schedule: freeze_a}",
-    "default": "{correction: k_gt, mixer: chebyshev(k=2), codec: int8}",
+    "lora": {"method": "{schedule: lora}"},
+    "freeze_a": {"method": "{schedule: freeze_a}"},
+    "default": {"method": "{correction: k_gt, mixer: chebyshev(k=2), codec: int8}"},
+    "core": {
+        "method": "{schedule: core, correction: k_gt, mixer: chebyshev(k=2), codec: int8}",
+        "lora.init": "orthonormal",
+    },
 }
 GROUPS = ([[0, 1], [2, 3, 4, 5], [6]], [[0, 2, 4, 6], [1, 3, 5]])
 
@@ -36,7 +40,7 @@ needs_data = pytest.mark.skipif(not (DATA / "glue").is_dir(), reason=f"no glue i
 
 
 def words(method: str) -> list[str]:
-    settings = [f"{key}={value}" for key, value in (SAMPLE | {"method": METHODS[method]}).items()]
+    settings = [f"{key}={value}" for key, value in (SAMPLE | METHODS[method]).items()]
     return [word for setting in settings for word in ("--set", setting)]
 
 

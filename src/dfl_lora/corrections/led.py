@@ -1,9 +1,10 @@
 """Local exact diffusion: peers with different data end at the optimum of all, where gossip ends near it.
 
-    tau times   x <- x - eta g(x) - c / tau            the step shift, -c / tau
-    then        x+ = (x^half + M x^half) / 2,          c <- c + x^half - x+
+    tau times   x <- x - eta (g(x) + c)                -c, times the rate: the step shift
+    then        x+ = (x^half + M x^half) / 2,          c <- c + (x^half - x+) / (eta tau)
 
-M x is what the mixer makes of an exchange; c starts at zero. One vector travels, as in plain gossip. Preserved: the
+M x is what the mixer makes of an exchange; c starts at zero. The paper has one eta, and keeps eta tau c. Here eta falls:
+what cancels a gradient must fall with it, or the shifts outweigh the last steps and peers run apart. One vector travels, as in plain gossip. Preserved: the
 mean of x; sum_i c_i = 0, since M keeps the mean and a message is lost at both ends of an edge or at none. At a fixed
 point all x_i agree, and the sum of all gradients is zero.
 
@@ -15,7 +16,6 @@ Source: Alghunaim, "Local Exact-Diffusion for Decentralized Optimization and Lea
 of it is exact diffusion, and that fixed point, are what was checked (tests/laws/test_corrections.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class ExactDiffusion:
     """Takes a share of the mix, and shifts every later step by what the whole of it moved; `d2` takes all of it."""
 
-    steps: Callable[[int], int]
+    local: Local
     share: float
     memory: tuple[str, ...] = ("step_shift",)
 
@@ -44,12 +44,12 @@ class ExactDiffusion:
         moved.flat.mul_(self.share)
         taken = x.select(corrected)
         taken = taken.with_flat(taken.flat + moved.flat)
-        shift = peer.memory["step_shift"].select(corrected)
-        peer.memory["step_shift"].assign(corrected, shift.with_flat(shift.flat + moved.flat / self.steps(peer.id)))
+        shift, time = peer.memory["step_shift"].select(corrected), self.local.time(peer.id, phase.round)
+        peer.memory["step_shift"].assign(corrected, shift.with_flat(shift.flat + moved.flat / time))
         peer.adapter.assign(phase.shared, mixed)
         peer.adapter.assign(corrected, taken)
 
 
 def led(local: Local) -> ExactDiffusion:
     """Local exact diffusion: each local step is shifted by what the rounds so far took away. One vector a message."""
-    return ExactDiffusion(local.steps, 0.5)
+    return ExactDiffusion(local, 0.5)

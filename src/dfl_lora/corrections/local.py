@@ -17,3 +17,7 @@ class Local:
     """eta: the learning rate in the middle of a round."""
     adaptive: bool
     """Whether the optimiser divides by what it has seen (Adam), so that a step says nothing of a gradient's length."""
+
+    def time(self, peer: int, round: int) -> float:
+        """Returns eta tau, by which a round of a peer multiplies what it shifts each step by."""
+        return self.rate(round) * self.steps(peer)

@@ -51,7 +51,7 @@ class QuasiGlobal:
         if self.local.adaptive:
             scale = z.norm() / max(moved.norm(), 1e-30)
         else:
-            scale = 1.0 / (self.local.rate(phase.round) * self.local.steps(peer.id))
+            scale = 1.0 / self.local.time(peer.id, phase.round)
         m = shift.with_flat(self.mu * shift.flat + self.beta * (1 - self.mu) * scale * moved.flat)
         peer.memory["gradient_shift"].assign(roles, m)
         peer.memory["start"].flat.copy_(peer.adapter.flat)

@@ -160,7 +160,7 @@ class SequentialLearner:
         optimizer.step()
         if "step_shift" in peer.memory:
             for name in trained:
-                self.parameters[name].data.add_(peer.memory["step_shift"][name])
+                self.parameters[name].data.add_(optimizer.param_groups[0]["lr"] * peer.memory["step_shift"][name])
         for number, role in enumerate(ROLES):
             peer.counters[number] += role in trained.values()
         return True

@@ -180,7 +180,7 @@ def reference(rows: Sequence[Row], block: str, study: Mapping[str, Any], name: s
     def asks(name: str) -> tuple[Any, Any]:
         return study["blocks"][name]["recipe"], study["blocks"][name].get("set")
 
-    same = [other for other in study["blocks"] if asks(other) == asks(block)]
+    same = [other for other, has in study["blocks"].items() if name in has["arms"] and asks(other) == asks(block)]
     for other in (block, *same):
         if found := alone(named(rows, other), name):
             return found

@@ -31,10 +31,10 @@ MEAN_COLUMNS = 1024
 class Peer:
     """One party; every tensor is a view of its row.
 
-    `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction,
-    a mixer and a codec keep: `gradient_shift` is added to every gradient after clipping, the learning rate times
-    `step_shift` to x after every step, `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart), `start` begins at x;
-    each is absent unless one of them names it.
+    `optimizer` holds the optimiser's own vectors (exp_avg, exp_avg_sq). `memory` holds what a correction, a mixer and
+    a codec keep: `gradient_shift` is added to every gradient after clipping, the learning rate times `step_shift` to x
+    after every step, `gradient_mean` receives the mean of what the optimiser was given (skipped steps apart), `start`
+    begins at x; each is absent unless one of them names it.
     """
 
     id: int

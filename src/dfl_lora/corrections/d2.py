@@ -1,11 +1,11 @@
 """D2: decentralised training over decentralised data.
 
-    tau times   x <- x - eta (g(x) + c)                -c, times the rate: the step shift
+    tau times   x <- x - eta (g(x) + c)                the step shift, -c
     then        x+ = M x^half,                         c <- c + (x^half - x+) / (eta tau)
 
 For one step a round and one eta this is x_(t+1) = W (2 x_t - x_(t-1) - eta g_t + eta g_(t-1)), the form of the paper:
--eta c is what the last round moved besides its gradients. Of more steps, or an eta that falls, the paper says nothing; c
-is as in `led`, from which this differs in that the whole mix is taken and not half of it.
+-eta c is what the last round moved besides its gradients. Of more steps, or an eta that falls, the paper says nothing;
+c is as in `led`, from which this differs in that the whole mix is taken and not half of it.
 Preserved: the mean of x, and sum_i c_i = 0. It needs every eigenvalue of M above -1/3, else it diverges where steps are
 short: a recipe whose matrix has a lower one is refused (peers.mixing: lazy or laplacian have none below 0).
 

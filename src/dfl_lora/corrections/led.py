@@ -1,12 +1,12 @@
 """Local exact diffusion: peers with different data end at the optimum of all, where gossip ends near it.
 
-    tau times   x <- x - eta (g(x) + c)                -c, times the rate: the step shift
+    tau times   x <- x - eta (g(x) + c)                the step shift, -c
     then        x+ = (x^half + M x^half) / 2,          c <- c + (x^half - x+) / (eta tau)
 
-M x is what the mixer makes of an exchange; c starts at zero. The paper has one eta, and keeps eta tau c. Here eta falls:
-what cancels a gradient must fall with it, or the shifts outweigh the last steps and peers run apart. One vector travels, as in plain gossip. Preserved: the
-mean of x; sum_i c_i = 0, since M keeps the mean and a message is lost at both ends of an edge or at none. At a fixed
-point all x_i agree, and the sum of all gradients is zero.
+M x is what the mixer makes of an exchange; c starts at zero. The paper has one eta and keeps eta tau c; where eta falls,
+what cancels a gradient must fall with it, or the shifts outweigh the last steps and peers run apart. One vector
+travels, as in plain gossip. Preserved: the mean of x; sum_i c_i = 0, since M keeps the mean and a message is lost at
+both ends of an edge or at none. At a fixed point all x_i agree, and the sum of all gradients is zero.
 
 Limits: one W. c takes for granted that the next round mixes as the last one did. Where W changes from round to round
 the distances of peers may grow: without any gradient by 1.13 in a cycle of base(k=1) over 7 peers, by 4.4 over 100.

@@ -3,7 +3,7 @@
     tau times   x <- x - eta (g(x) + c)                the step shift, -c
     then        x+ = (x^half + M x^half) / 2,          c <- c + (x^half - x+) / (eta tau)
 
-M x is what the mixer makes of an exchange; c starts at zero. The paper has one eta and keeps eta tau c; where eta falls,
+M x is what the mixer makes of an exchange; c starts at zero. The paper has one eta and keeps eta tau c; where it falls,
 what cancels a gradient must fall with it, or the shifts outweigh the last steps and peers run apart. One vector
 travels, as in plain gossip. Preserved: the mean of x; sum_i c_i = 0, since M keeps the mean and a message is lost at
 both ends of an edge or at none. At a fixed point all x_i agree, and the sum of all gradients is zero.

@@ -101,6 +101,18 @@ def test_led_of_one_step_is_exact_diffusion() -> None:
     assert torch.allclose(one.run(corrected("led", of=one), 7).x, recursion(one, halved=True), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("name", "share"), [("led", 0.5), ("d2", 1.0)])
+def test_a_shift_is_kept_per_unit_of_the_learning_rate_of_its_round(name: str, share: float) -> None:
+    """x^half = x - eta_t (g + c), x+ - x^half = share (W x^half - x^half), c <- c + (x^half - x+) / eta_t."""
+    one, w = replace(SEVEN, tau=1, falls=0.7), torch.from_numpy(matrix(RING, lazy))
+    x = c = torch.zeros(7, LAYOUT.size, dtype=torch.float64)
+    for t in range(1, 8):
+        half = x - one.local.rate(t) * (one.gradients(x) + c)
+        x = half + share * (w @ half - half)
+        c = c + (half - x) / one.local.rate(t)
+    assert torch.allclose(one.run(corrected(name, of=one), 7).x, x, rtol=0, atol=1e-12)
+
+
 def test_d2_of_one_step_is_that_of_the_paper() -> None:
     """x_(t+1) = W (2 x_t - x_(t-1) - eta g_t + eta g_(t-1))."""
     one = replace(SEVEN, tau=1)

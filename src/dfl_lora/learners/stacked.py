@@ -192,8 +192,9 @@ class StackedLearner:
         for number, role in enumerate(ROLES):
             for span in peers.layout.spans({role} & phase.trained):
                 self.move(peers, rows, gradients, number, span, rates)
-                for row, rate in zip(rows, rates, strict=True) if "step_shift" in memory else ():
-                    peers.x[row, span] += rate * memory["step_shift"][row, span]
+                if "step_shift" in memory:
+                    for row, rate in zip(rows, rates, strict=True):
+                        peers.x[row, span] += rate * memory["step_shift"][row, span]
 
     def move(
         self, peers: Peers, rows: Sequence[int], gradients: Sequence[Tensor], role: int, span: slice,
